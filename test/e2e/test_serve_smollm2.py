@@ -1,0 +1,92 @@
+"""scripts/serve.sh as a user runs it: a real model, a real server, a real answer."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SERVE = ROOT / "scripts" / "serve.sh"
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def run(port: int, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [SERVE, "--port", str(port), *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+
+
+def test_served_model_knows_the_capital_of_japan(port):
+    result = run(port, "--ask", "What is the capital of Japan?")
+    assert result.returncode == 0, result.stderr
+    assert "Tokyo" in result.stdout
+    assert not answers(port)
+
+    log = (ROOT / ".cache" / "logs" / f"server-{port}.log").read_text()
+    # The server's own echo of its arguments names the backend, too.
+    lines = [line for line in log.splitlines() if "server_args" not in line]
+    for backend in ("flashinfer_trtllm", "flashinfer_cutlass"):
+        assert any(re.search(rf"\d+.*{backend}|{backend}.*\d+", line) for line in lines)
+
+
+def test_a_server_that_cannot_start_is_reported(port):
+    result = run(port, "--", "--no-such-flag")
+    assert result.returncode == 1
+    assert "unrecognized arguments: --no-such-flag" in result.stderr
+    assert "the server stopped while it started" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupting_stops_the_server(name, port):
+    process = subprocess.Popen(
+        [SERVE, "--port", str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith("Starting the server"):
+                break
+        time.sleep(3)
+        group = server_group(process.pid)
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=60) == 128 + getattr(signal, name)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def server_group(parent: int) -> int:
+    """The process group of the server that serve.sh, `parent`, started."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, parent_id, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except FileNotFoundError:
+            continue
+        if int(parent_id) == parent and int(group) != os.getpgid(parent):
+            return int(group)
+    raise AssertionError("serve.sh has started no server")

@@ -1,0 +1,97 @@
+"""Small projects to merge: an overlay, its upstream.toml, and a wheel of "upstream"."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOML = """
+[release]
+version = "1.0"
+sha256 = "{sha256}"
+patch = 3
+
+[requires]
+flashinfer_python = "2.0"
+
+[commit]
+subject = "Teach the package a trick"
+body = "It was asked for."
+name = "nobody"
+email = "nobody@localhost"
+date = "2026-01-01T00:00:00Z"
+
+[[edit]]
+file = "python/pyproject.toml"
+find = '"flashinfer_python==[\\w.]+"'
+replace = '"flashinfer_python==2.0"'
+
+[[edit]]
+file = "docs/options.md"
+find = '(?m)^(\\| `--gemm` \\| `a`, )(?:`b`, )?'
+replace = '\\1`b`, '
+"""
+
+UPSTREAM = {
+    "sglang/_version.py": "__version__ = version = '1.0'\n"
+    "__version_tuple__ = version_tuple = (1, 0)\n",
+    "sglang/core.py": "CHOICES = ['a']\n\n\ndef run(x):\n    return x\n",
+    "sglang/other.py": "def helper():\n    return 1\n\n\ndef kept():\n    return 2\n",
+    "sglang/data, with comma.json": "{}\n",
+    "sglang-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 1.0\n"
+    "Requires-Dist: flashinfer_python==1.0\n",
+    "sglang-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+    "Tag: py3-none-any\n",
+    "sglang-1.0.dist-info/RECORD": "",
+}
+
+OVERLAY = {
+    "python/sglang/core.py": '"""\nCHOICES, run\n    why: b is faster\n'
+    "    thread: org/repo#7\n    until: b is everywhere\n"
+    '"""\n\nfrom overlay.marks import prepend\n\nCHOICES += ["b"]\n\n\n'
+    "@prepend\ndef run(x):\n    x = x + 1\n",
+    "python/sglang/other.py": '"""\nhelper\n    why: b has its own\n"""\n\n'
+    "from overlay.marks import drop\n\n\n@drop\ndef helper(): ...\n",
+    "python/sglang/trick.py": '"""The trick."""\n\nVALUE = 1\n',
+    "test/registered/test_core.py": '"""\nTestB\n    why: covers b\n"""\n\n\n'
+    "class TestB:\n    pass\n",
+    "test/registered/test_trick.py": '"""Tests the trick."""\n',
+}
+
+CHECKOUT = {
+    "python/pyproject.toml": '[project]\ndependencies = [\n  "flashinfer_python==1.0",\n]\n',
+    "docs/options.md": "| option | choices |\n| --- | --- |\n| `--gemm` | `a`, `c` |\n",
+    "test/registered/test_core.py": "class TestA:\n    pass\n",
+}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for path, text in files.items():
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(root).as_posix(): file.read_bytes()
+        for file in root.rglob("*")
+        if file.is_file() and ".git" not in file.relative_to(root).parts
+    }
+
+
+def git(where, *arguments, stdin=None):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    return subprocess.run(
+        ["git", *identity, *arguments],
+        cwd=where,
+        input=stdin,
+        capture_output=True,
+        check=True,
+    ).stdout
+
+
+def commit(checkout: Path) -> None:
+    git(checkout, "init", "-q")
+    git(checkout, "add", "--all")
+    git(checkout, "commit", "-q", "-m", "base")

@@ -1,0 +1,453 @@
+"""MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
+
+import unittest
+from unittest import mock
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.fp8_utils import (
+    Mxfp8LinearBackend,
+    resolve_mxfp8_linear_backend,
+    select_mxfp8_linear_backend,
+)
+from sglang.srt.layers.quantization.mxfp8_emulation import quantize
+from sglang.srt.layers.quantization.mxfp8_layout import (
+    shuffle_rows,
+    swizzle_scale,
+    swizzled_scale_numel,
+)
+from sglang.srt.layers.quantization.mxfp8_weights import (
+    kernel_scale,
+    manage_mxfp8_weights,
+)
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    mxfp8_config,
+    random_mxfp8,
+    reference_linear,
+)
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=60, suite="default")
+
+TRTLLM = Mxfp8LinearBackend.FLASHINFER_TRTLLM
+CUTLASS = Mxfp8LinearBackend.FLASHINFER_CUTLASS
+BF16 = Mxfp8LinearBackend.BF16
+BACKENDS = ("flashinfer_trtllm", "flashinfer_cutlass")
+
+
+def build(n, k, backend="flashinfer_trtllm", cls=ReplicatedLinear, **kwargs):
+    config = mxfp8_config(serialized=kwargs.pop("serialized", True))
+    arguments = dict(
+        bias=False, params_dtype=torch.bfloat16, quant_config=config, prefix="m.proj"
+    )
+    with fp8_gemm_backend(backend):
+        return cls(k, n, **{**arguments, **kwargs})
+
+
+def load(layer, weight, scale, *shard_id):
+    layer.weight.weight_loader(layer.weight, weight, *shard_id)
+    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
+
+
+def process(layer):
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+class MXFP8TestCase(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        init_single_process_parallel_state()
+
+
+class TestSelect(CustomTestCase):
+    def test_each_shape_gets_a_backend_that_takes_it(self):
+        cases = (
+            (TRTLLM, 576, 1536, torch.bfloat16, TRTLLM, ""),
+            (TRTLLM, 960, 576, torch.bfloat16, CUTLASS, "K = 576 is not a multiple"),
+            (TRTLLM, 256, 256, torch.float16, CUTLASS, "bf16 only"),
+            (TRTLLM, 96, 256, torch.bfloat16, BF16, "smaller than 128"),
+            (TRTLLM, 688, 4096, torch.bfloat16, BF16, "N = 688 is not a multiple"),
+            (CUTLASS, 256, 256, torch.bfloat16, CUTLASS, ""),
+            (CUTLASS, 256, 96, torch.bfloat16, BF16, "smaller than 128"),
+            (Mxfp8LinearBackend.TRITON, 960, 576, torch.bfloat16, BF16, "triton"),
+        )
+        for preferred, n, k, dtype, expected, reason in cases:
+            with self.subTest(preferred=preferred, n=n, k=k, dtype=dtype):
+                backend, why = select_mxfp8_linear_backend(preferred, n, k, dtype)
+                self.assertEqual(backend, expected)
+                self.assertIn(reason, why)
+                self.assertEqual(bool(why), backend != preferred)
+
+    def test_without_kernels_or_emulation_the_error_names_what_is_missing(self):
+        for name in (*BACKENDS, "auto", "triton"):
+            with self.subTest(name), fp8_gemm_backend(name, emulation=False):
+                with self.assertRaisesRegex(
+                    RuntimeError, "CUDA.*SM100 or SM103.*SGLANG_MXFP8_EMULATION=1"
+                ):
+                    resolve_mxfp8_linear_backend()
+
+    def test_a_flag_without_mxfp8_linear_is_refused(self):
+        with fp8_gemm_backend("deep_gemm"):
+            with self.assertRaisesRegex(ValueError, "deep_gemm has no MXFP8 linear"):
+                resolve_mxfp8_linear_backend()
+
+    def test_block_fp8_refuses_flashinfer_cutlass(self):
+        with fp8_gemm_backend("flashinfer_cutlass"):
+            with self.assertRaisesRegex(ValueError, "MXFP8 linear layers only"):
+                fp8_utils.dispatch_w8a8_block_fp8_linear()
+
+    def test_auto_on_sm100_stays_on_triton(self):
+        with fp8_gemm_backend("auto", emulation=False):
+            with mock.patch.multiple(
+                fp8_utils, is_cuda=lambda: True, is_sm100_supported=lambda: True
+            ):
+                backend = resolve_mxfp8_linear_backend()
+        self.assertEqual(backend, Mxfp8LinearBackend.TRITON)
+
+
+class TestLayerLife(MXFP8TestCase):
+    @given(
+        n=st.sampled_from([8, 32, 96, 128, 160, 200, 576, 960, 1024]),
+        k=st.sampled_from([32, 96, 128, 256, 288, 512, 576, 768]),
+        m=st.integers(0, 17),
+        backend=st.sampled_from(BACKENDS),
+        bias=st.booleans(),
+    )
+    @settings(max_examples=50, deadline=None)
+    def test_any_shape_loads_multiplies_and_is_restored(self, n, k, m, backend, bias):
+        layer = build(n, k, backend, bias=bias)
+        _, weight, scale = random_mxfp8(n, k)
+        load(layer, weight, scale)
+        if bias:
+            layer.bias.data = torch.randn(n).bfloat16()
+        addresses = layer.weight.data_ptr(), layer.weight_scale_inv.data_ptr()
+        process(layer)
+        processed = layer.weight.clone(), kernel_form(layer)
+        process(layer)
+        self.assertTrue(same_bytes(layer.weight, processed[0]), "processed twice")
+        self.assertTrue(same_bytes(kernel_form(layer), processed[1]))
+
+        x = torch.randn(m, k).bfloat16()
+        output, _ = layer(x)
+        on_bf16 = layer.mxfp8_weights.backend.is_bf16()
+        expected = reference_linear(x, weight, scale, quantize_input=not on_bf16)
+        if bias:
+            expected = expected.bfloat16() + layer.bias
+        self.assertEqual(output.dtype, torch.bfloat16)
+        torch.testing.assert_close(output, expected.bfloat16(), rtol=0.02, atol=0.05)
+
+        layer.quant_method.restore_weights_before_loading(layer)
+        self.assertTrue(same_bytes(layer.weight, weight))
+        self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
+        self.assertEqual(
+            addresses, (layer.weight.data_ptr(), layer.weight_scale_inv.data_ptr())
+        )
+
+    def test_the_kernels_get_the_bytes_of_their_layout(self):
+        n, k = 576, 1536
+        _, weight, scale = random_mxfp8(n, k)
+        for backend in BACKENDS:
+            with self.subTest(backend):
+                layer = build(n, k, backend)
+                load(layer, weight, scale)
+                process(layer)
+                rows = shuffle_rows if backend == "flashinfer_trtllm" else lambda t: t
+                self.assertTrue(
+                    same_bytes(layer.weight, rows(weight.view(torch.uint8)))
+                )
+                self.assertTrue(
+                    same_bytes(kernel_form(layer), swizzle_scale(rows(scale)))
+                )
+
+    def test_one_copy(self):
+        n, k = 576, 1536
+        layer = build(n, k)
+        load(layer, *random_mxfp8(n, k)[1:])
+        process(layer)
+        held = {
+            name: p.untyped_storage().nbytes() for name, p in layer.named_parameters()
+        }
+        self.assertEqual(
+            held,
+            {"weight": n * k, "weight_scale_inv": swizzled_scale_numel(n, k // 32)},
+        )
+        self.assertEqual(layer.weight_scale_inv.shape, (n, k // 32))
+
+    def test_fused_layers_load_shard_by_shard(self):
+        q, k_, v = (
+            random_mxfp8(rows, 576, seed) for seed, rows in enumerate((576, 192, 192))
+        )
+        layer = build(
+            None,
+            None,
+            cls=lambda k, n, **kw: QKVParallelLinear(
+                576, 64, 9, 3, tp_rank=0, tp_size=1, **kw
+            ),
+        )
+        for shard_id, (_, weight, scale) in zip("vqk", (v, q, k_)):
+            load(layer, weight, scale, shard_id)
+        self.assertEqual(layer.mxfp8_weights.unwritten(), [])
+        process(layer)
+        x = torch.randn(3, 576).bfloat16()
+        weight = torch.cat([t[1].view(torch.uint8) for t in (q, k_, v)]).view(
+            q[1].dtype
+        )
+        expected = reference_linear(x, weight, torch.cat([t[2] for t in (q, k_, v)]))
+        torch.testing.assert_close(
+            layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
+        )
+
+    def test_a_shard_written_later_lands_in_its_place(self):
+        layer = build(
+            [256, 512],
+            256,
+            cls=lambda k, n, **kw: MergedColumnParallelLinear(
+                k, n, tp_rank=0, tp_size=1, **kw
+            ),
+        )
+        gate, up, new_up = (
+            random_mxfp8(n, 256, s)[1:] for s, n in enumerate((256, 512, 512))
+        )
+        load(layer, *gate, 0)
+        load(layer, *up, 1)
+        process(layer)
+        load(layer, *new_up, 1)
+        process(layer)
+        layer.quant_method.restore_weights_before_loading(layer)
+        self.assertTrue(same_bytes(layer.weight[:256], gate[0]))
+        self.assertTrue(same_bytes(layer.weight[256:], new_up[0]))
+        self.assertTrue(same_bytes(layer.weight_scale_inv[256:], new_up[1]))
+
+    def test_tensor_parallel_shards(self):
+        n, k = 512, 1024
+        _, weight, scale = random_mxfp8(n, k)
+        x = torch.randn(2, k).bfloat16()
+        columns, rows = [], []
+        for rank in range(2):
+            layer = build(n, k, cls=ColumnParallelLinear, tp_rank=rank, tp_size=2)
+            load(layer, weight, scale)
+            process(layer)
+            columns.append(layer(x)[0])
+            layer = build(
+                n,
+                k,
+                cls=RowParallelLinear,
+                tp_rank=rank,
+                tp_size=2,
+                reduce_results=False,
+            )
+            load(layer, weight, scale)
+            process(layer)
+            rows.append(layer(x[:, rank * 512 :][:, :512])[0].double())
+        expected = reference_linear(x, weight, scale)
+        torch.testing.assert_close(
+            torch.cat(columns, 1), expected.bfloat16(), rtol=0.02, atol=0.05
+        )
+        error = (sum(rows) - expected).norm() / expected.norm()
+        self.assertLess(error, 4e-3, "two bf16 partial sums")
+
+    def test_a_bf16_checkpoint_is_quantized_as_it_loads(self):
+        layer = build(256, 512, serialized=False)
+        weight, values, scale = random_mxfp8(256, 512)
+        layer.weight.weight_loader(layer.weight, weight)
+        self.assertTrue(same_bytes(layer.weight, values))
+        self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
+        self.assertEqual(layer.mxfp8_weights.unwritten(), [])
+        process(layer)
+        update, values, scale = random_mxfp8(256, 512, seed=1)
+        layer.weight.weight_loader(layer.weight, update)
+        process(layer)
+        layer.quant_method.restore_weights_before_loading(layer)
+        self.assertTrue(same_bytes(layer.weight, values))
+
+    def test_mxfp8_quantizes_without_triton_kernels(self):
+        x = torch.randn(4, 64).bfloat16()
+        with mock.patch.dict("sys.modules", {"triton_kernels": None}):
+            values, scale = fp8_utils.mxfp8_group_quantize(x)
+        self.assertTrue(same_bytes(values, quantize(x)[0]))
+        self.assertTrue(same_bytes(scale, quantize(x)[1]))
+
+
+def kernel_form(layer) -> torch.Tensor:
+    scale = layer.weight_scale_inv.data
+    return kernel_scale(scale) if layer.mxfp8_weights.backend.is_flashinfer() else scale
+
+
+class TestForward(MXFP8TestCase):
+    def loaded(self, n=256, k=512, backend="flashinfer_trtllm", **kwargs):
+        layer = build(n, k, backend, **kwargs)
+        _, weight, scale = random_mxfp8(n, k)
+        load(layer, weight, scale)
+        process(layer)
+        return layer, weight, scale
+
+    def test_leading_dimensions_and_strides(self):
+        layer, weight, scale = self.loaded()
+        x = torch.randn(2, 512, 3).bfloat16().transpose(1, 2)
+        expected = reference_linear(x.contiguous(), weight, scale).bfloat16()
+        torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
+        self.assertEqual(layer(x[:, :0])[0].shape, (2, 0, 256))
+
+    def test_quantized_input_with_either_scale_layout(self):
+        for n, k in ((256, 512), (40, 64)):
+            layer, weight, scale = self.loaded(n, k)
+            x = torch.randn(5, k).bfloat16()
+            values, x_scale = quantize(x)
+            expected = reference_linear(x, weight, scale).bfloat16()
+            method = layer.quant_method
+            torch.testing.assert_close(
+                method.apply(layer, (values, x_scale)), expected, rtol=0.02, atol=0.05
+            )
+        layer, weight, scale = self.loaded()
+        values, x_scale = quantize(torch.randn(5, 512).bfloat16())
+        plain = layer.quant_method.apply(layer, (values, x_scale))
+        swizzled = layer.quant_method.apply(layer, (values, swizzle_scale(x_scale)))
+        self.assertTrue(torch.equal(plain, swizzled))
+
+    def test_fp16_model(self):
+        layer, weight, scale = self.loaded(params_dtype=torch.float16)
+        self.assertEqual(layer.mxfp8_weights.backend, CUTLASS)
+        x = torch.randn(4, 512).half()
+        output = layer(x)[0]
+        self.assertEqual(output.dtype, torch.float16)
+        torch.testing.assert_close(
+            output, reference_linear(x, weight, scale).half(), rtol=0.02, atol=0.05
+        )
+
+    def test_torch_compile_sees_one_op(self):
+        for n, k in ((256, 512), (160, 768)):  # the second has padding in its storage
+            layer, _, _ = self.loaded(n, k)
+            compiled = torch.compile(
+                lambda x: layer(x)[0], dynamic=True, fullgraph=True, backend="aot_eager"
+            )
+            for m in (3, 130):
+                x = torch.randn(m, k).bfloat16()
+                self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
+
+    def test_ops_have_right_fakes(self):
+        # Without padding: opcheck copies its inputs, and a copy carries only the view.
+        layer, weight, scale = self.loaded(256, 512)
+        x = torch.randn(9, 512).bfloat16()
+        a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x, False)
+        ops, rest = torch.ops.sglang, (torch.bfloat16, False, "trtllm")
+        for op, arguments in (
+            (ops.flashinfer_mxfp8_quantize, (x, False)),
+            (ops.flashinfer_mxfp8_quantize, (x, True)),
+            (
+                ops.flashinfer_mm_mxfp8,
+                (a, layer.weight.t(), a_scale, kernel_form(layer), *rest),
+            ),
+            (
+                ops.flashinfer_mxfp8_linear,
+                (x, layer.weight, layer.weight_scale_inv, None, rest[0], rest[2]),
+            ),
+        ):
+            with self.subTest(op.__name__):
+                # test_schema does arithmetic on its inputs, which fp8 has not.
+                torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+class TestLoading(MXFP8TestCase):
+    def test_a_scale_stored_as_e8m0_is_taken_by_its_bytes(self):
+        _, weight, scale = random_mxfp8(256, 512)
+        for cls in (ReplicatedLinear, ColumnParallelLinear, RowParallelLinear):
+            with self.subTest(cls.__name__):
+                kwargs = {} if cls is ReplicatedLinear else {"tp_rank": 0, "tp_size": 1}
+                layer = build(256, 512, cls=cls, **kwargs)
+                load(layer, weight, scale.view(torch.float8_e8m0fnu))
+                self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
+
+    def test_weight_bytes_are_taken_as_they_are(self):
+        layer = build(256, 512)
+        _, weight, scale = random_mxfp8(256, 512)
+        load(layer, weight.view(torch.uint8), scale)
+        self.assertTrue(same_bytes(layer.weight, weight))
+
+    def test_other_dtypes_are_refused_by_name(self):
+        layer = build(256, 512)
+        weight, values, scale = random_mxfp8(256, 512)
+        with self.assertRaisesRegex(
+            ValueError, "m.proj.weight holds .*got torch.bfloat16"
+        ):
+            load(layer, weight, scale)
+        with self.assertRaisesRegex(ValueError, "m.proj.weight_scale_inv holds"):
+            load(layer, values, scale.float())
+        online = build(256, 512, serialized=False)
+        with self.assertRaisesRegex(ValueError, "quantizes bf16, fp16 or fp32"):
+            load(online, values, scale)
+
+    def model(self, *layers):
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList(layers)
+        model.load_weights = lambda weights: [
+            load(model.layers[i], *tensors) for i, *tensors in weights
+        ]
+        return model
+
+    def test_a_layer_without_scales_stops_the_load_by_name(self):
+        full, bare = build(256, 512), build(256, 512, prefix="m.layers.7.down_proj")
+        _, weight, scale = random_mxfp8(256, 512)
+        load(full, weight, scale)
+        bare.weight.weight_loader(bare.weight, weight)
+        with self.assertRaisesRegex(
+            ValueError, "m.layers.7.down_proj.weight_scale_inv"
+        ):
+            manage_mxfp8_weights(self.model(full, bare))
+
+    def test_a_load_past_the_loaders_is_left_alone(self):
+        model = self.model(build(256, 512), build(256, 512))
+        self.assertIs(manage_mxfp8_weights(model), model)
+
+    def test_an_update_ends_in_kernel_form_also_when_it_fails(self):
+        layer = build(256, 512)
+        _, weight, scale = random_mxfp8(256, 512)
+        load(layer, weight, scale)
+        process(layer)
+        model = manage_mxfp8_weights(self.model(layer))
+        x = torch.randn(3, 512).bfloat16()
+        before = layer(x)[0]
+        with self.assertRaises(ValueError):
+            model.load_weights([(0, weight.float(), scale)])
+        self.assertTrue(torch.equal(layer(x)[0], before))
+
+        _, weight, scale = random_mxfp8(256, 512, seed=1)
+        model.load_weights([(0, weight, scale)])
+        expected = reference_linear(x, weight, scale).bfloat16()
+        torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
+
+    def test_the_log_says_what_runs_where_and_why(self):
+        with self.assertLogs("sglang", "INFO") as logs:
+            manage_mxfp8_weights(
+                self.model(
+                    build(576, 1536, prefix="m.down_proj"),
+                    build(960, 576, prefix="m.qkv_proj"),
+                    build(40, 576, prefix="m.tiny"),
+                )
+            )
+        text = "\n".join(logs.output)
+        self.assertIn(
+            "1 linear layers on flashinfer_trtllm (down_proj [576, 1536])", text
+        )
+        self.assertRegex(text, "flashinfer_cutlass .qkv_proj .*: K = 576 is not")
+        self.assertRegex(text, "bf16 .tiny .*smaller than 128")
+
+
+if __name__ == "__main__":
+    unittest.main()
