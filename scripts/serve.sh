@@ -49,7 +49,9 @@ parse_arguments() {
             --port=*) port=${arguments[i]#*=} ;;
         esac
     done
-    [[ $port =~ ^[0-9]+$ ]] && ((port > 0 && port < 65536)) || fail "--port: $port is no port" 2
+    if [[ ! $port =~ ^[0-9]{1,5}$ ]] || ((10#$port < 1 || 10#$port > 65535)); then
+        fail "--port: $port is no port" 2
+    fi
     [[ -z $model ]] || check_model
 }
 
@@ -140,7 +142,7 @@ fail_with_log() {
     {
         tail -n 20 "$log" | cut -c -300
         echo "Errors in it:"
-        grep -E '^[[:alnum:]_.]*(Error|Exception): ' "$log" | cut -c -1000 | uniq | tail -n 3
+        grep -E '^[[:alnum:]_.]*(Error|Exception|: error): ' "$log" | cut -c -1000 | uniq | tail -n 3
     } >&2 || true
     fail "$1; the end of $log is above"
 }

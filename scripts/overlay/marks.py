@@ -7,7 +7,7 @@ reads them from the source, and nothing here ever runs in a merged tree.
   the same head.
 - `@drop`: removes the function or class; with statements in its body, removes upstream's
   statements with these heads instead.
-- `@signature`: the parameters and the return annotation take the place of upstream's.
+- `@decorate`: the other decorators of the def are added to upstream's function.
 
 `@splice(within=...)` and `@drop(within=...)` name the heads, outermost first, of blocks
 around the statement, where its own head is ambiguous.
@@ -18,4 +18,4 @@ def _mark(target=None, *, within=()):
     return target if target is not None else lambda decorated: decorated
 
 
-append = drop = prepend = signature = splice = _mark
+append = decorate = drop = prepend = splice = _mark

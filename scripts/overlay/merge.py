@@ -29,9 +29,9 @@ from overlay.statements import Absent, Unplaced, canonical, in_place_of, source
 
 _PURPOSE = {
     "append": "append to",
+    "decorate": "decorate",
     "drop": "drop",
     "prepend": "prepend to",
-    "signature": "give a signature",
     "splice": "splice into",
     "+=": "add to",
 }

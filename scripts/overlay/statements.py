@@ -7,7 +7,8 @@ The head of a statement is what it is recognized by, free of layout:
     f("name", ...)                callee and first literal   "f('name')"
     anything else                 its text; of a block, its first line
 
-A statement that `else` holds has "else" in its path of heads.
+A statement that `else` holds has "else" in its path of heads, one that an `except`
+holds has that line: "except ValueError as error".
 """
 
 import ast
@@ -61,8 +62,8 @@ def _head(node: ast.stmt) -> str:
 
 def parse_head(text: str) -> str:
     """The head that `text` spells: "else", "elif x", "for x in y", "self.x =", ..."""
-    if text == "else":
-        return text
+    if text == "else" or text.startswith("except"):
+        return text.rstrip(": ")
     text = text.removeprefix("el") if text.startswith("elif ") else text
     text = text.rstrip(": ")
     for completed in (
@@ -138,8 +139,11 @@ def append(function: cst.FunctionDef, added: cst.FunctionDef) -> cst.FunctionDef
     return with_body(function, body + new)
 
 
-def signature(function: cst.FunctionDef, new: cst.FunctionDef) -> cst.FunctionDef:
-    return function.with_changes(params=new.params, returns=new.returns)
+def decorate(function: cst.FunctionDef, edit: cst.FunctionDef) -> cst.FunctionDef:
+    """The first decorator of the edit is the mark itself."""
+    present = {canonical(d.decorator) for d in function.decorators}
+    new = [d for d in edit.decorators[1:] if canonical(d.decorator) not in present]
+    return function.with_changes(decorators=[*new, *function.decorators])
 
 
 def splice(function, edit: cst.FunctionDef, within: tuple[str, ...]):
@@ -191,8 +195,16 @@ def _find(function, wanted: str, within: tuple[str, ...]) -> cst.BaseStatement:
 
 
 def _is_path(path: list[str], blocks: tuple[cst.CSTNode, ...]) -> bool:
-    heads = iter("else" if isinstance(b, cst.Else) else head(b) for b in blocks)
+    heads = iter(_block_head(block) for block in blocks)
     return all(wanted in heads for wanted in path)
+
+
+def _block_head(block: cst.CSTNode) -> str:
+    if isinstance(block, cst.Else):
+        return "else"
+    if isinstance(block, cst.ExceptHandler):
+        return source(block.with_changes(leading_lines=())).split(":")[0].strip()
+    return head(block)
 
 
 def _walk(node: cst.CSTNode, blocks=()) -> Iterator[tuple[cst.BaseStatement, tuple]]:
@@ -205,6 +217,8 @@ def _walk(node: cst.CSTNode, blocks=()) -> Iterator[tuple[cst.BaseStatement, tup
             yield from _walk(child, (*blocks[:-1], child))
         elif isinstance(child, (cst.SimpleStatementLine, cst.BaseCompoundStatement)):
             yield child, blocks
+            yield from _walk(child, (*blocks, child))
+        elif isinstance(child, cst.ExceptHandler):
             yield from _walk(child, (*blocks, child))
         elif isinstance(child, (cst.BaseSuite, *_BRANCHES)):
             yield from _walk(child, blocks)

@@ -277,9 +277,18 @@ def test_splice_keeps_the_comment_and_indentation():
     )
 
 
-def test_signature():
-    text = edited("signature", "...").splitlines()[0]
-    assert text == "def f():"
+def test_decorate():
+    text = edited("decorate\n@traced", "...")
+    assert text.startswith("@traced\ndef f(")
+
+
+def test_splice_within_an_except():
+    upstream = (
+        "def f():\n    try:\n        x = 1\n    except A as e:\n        x = 2\n"
+        "    except B:\n        x = 3\n"
+    )
+    text = edited('splice(within="except A as e")', "x = 4", upstream)
+    assert text == upstream.replace("x = 2", "x = 4")
 
 
 def dropped(upstream: str, overlay: str, ledger: str = "f") -> str:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -22,14 +23,12 @@ from sglang.srt.layers.quantization.fp8_utils import (
 )
 from sglang.srt.layers.quantization.mxfp8_emulation import quantize
 from sglang.srt.layers.quantization.mxfp8_layout import (
+    kernel_scale,
     shuffle_rows,
     swizzle_scale,
     swizzled_scale_numel,
 )
-from sglang.srt.layers.quantization.mxfp8_weights import (
-    kernel_scale,
-    manage_mxfp8_weights,
-)
+from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -393,53 +392,60 @@ class TestLoading(MXFP8TestCase):
         with self.assertRaisesRegex(ValueError, "quantizes bf16, fp16 or fp32"):
             load(online, values, scale)
 
-    def model(self, *layers):
+    def load_model(self, *layers, tensors=()):
+        """A model of these layers after its loader wrote `tensors`: (layer, weight, scale)."""
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList(layers)
         model.load_weights = lambda weights: [
-            load(model.layers[i], *tensors) for i, *tensors in weights
+            load(model.layers[i], *written) for i, *written in weights
         ]
-        return model
+        loader = mock.Mock()
+        loader.load_config = LoadConfig()
+        loader.load_model = lambda **_: model.load_weights(tensors) and model or model
+        return load_mxfp8_model(loader, None, None)
 
     def test_a_layer_without_scales_stops_the_load_by_name(self):
         full, bare = build(256, 512), build(256, 512, prefix="m.layers.7.down_proj")
         _, weight, scale = random_mxfp8(256, 512)
-        load(full, weight, scale)
         bare.weight.weight_loader(bare.weight, weight)
         with self.assertRaisesRegex(
             ValueError, "m.layers.7.down_proj.weight_scale_inv"
         ):
-            manage_mxfp8_weights(self.model(full, bare))
+            self.load_model(full, bare, tensors=[(0, weight, scale)])
 
     def test_a_load_past_the_loaders_is_left_alone(self):
-        model = self.model(build(256, 512), build(256, 512))
-        self.assertIs(manage_mxfp8_weights(model), model)
-
-    def test_an_update_ends_in_kernel_form_also_when_it_fails(self):
         layer = build(256, 512)
-        _, weight, scale = random_mxfp8(256, 512)
-        load(layer, weight, scale)
-        process(layer)
-        model = manage_mxfp8_weights(self.model(layer))
-        x = torch.randn(3, 512).bfloat16()
-        before = layer(x)[0]
-        with self.assertRaises(ValueError):
-            model.load_weights([(0, weight.float(), scale)])
-        self.assertTrue(torch.equal(layer(x)[0], before))
+        self.load_model(layer, build(256, 512))
+        self.assertTrue(layer.mxfp8_weights.in_kernel_form)
 
-        _, weight, scale = random_mxfp8(256, 512, seed=1)
-        model.load_weights([(0, weight, scale)])
+    def test_raw_bytes_written_while_loading_are_checkpoint_bytes(self):
+        """As dummy, sharded-state, remote key-value and NCCL loads do: process, then write."""
+        layer = build(160, 512)
+        _, weight, scale = random_mxfp8(160, 512)
+        loader = mock.Mock()
+        loader.load_config = LoadConfig()
+
+        def load_model(**_):
+            process(layer)
+            layer.weight.data.copy_(weight)
+            layer.weight_scale_inv.data.copy_(scale)
+            return torch.nn.ModuleList([layer])
+
+        loader.load_model = load_model
+        with mock.patch.object(
+            torch.nn.ModuleList, "load_weights", lambda *_: None, create=True
+        ):
+            load_mxfp8_model(loader, None, None)
+        x = torch.randn(3, 512).bfloat16()
         expected = reference_linear(x, weight, scale).bfloat16()
         torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
 
     def test_the_log_says_what_runs_where_and_why(self):
         with self.assertLogs("sglang", "INFO") as logs:
-            manage_mxfp8_weights(
-                self.model(
-                    build(576, 1536, prefix="m.down_proj"),
-                    build(960, 576, prefix="m.qkv_proj"),
-                    build(40, 576, prefix="m.tiny"),
-                )
+            self.load_model(
+                build(576, 1536, prefix="m.down_proj"),
+                build(960, 576, prefix="m.qkv_proj"),
+                build(40, 576, prefix="m.tiny"),
             )
         text = "\n".join(logs.output)
         self.assertIn(

@@ -1,26 +1,106 @@
 """
 ModelRunner.load_model
-    why: every later weight update must leave MXFP8 layers in the form that their kernel reads
+    why: MXFP8 layers are loaded in one form and run in another, in the same memory
     thread: sgl-project/sglang#22484
+    until: upstream has restore_weights_before_loading
+
+ModelRunner.update_weights_from_disk, ModelRunner._roll_back_to
+    why: a checkpoint is checked before a byte is written, and a failed update rolls back to the weights that were served, not to the new path
+    until: upstream checks updates
+
+ModelRunner.update_weights_from_distributed, ModelRunner._update_bucketed_weights_from_distributed
+    why: the message of a refused update says that nothing was written
+    until: upstream checks updates
+
+ModelRunner.update_weights_from_tensor, _model_load_weights_direct
+    why: direct and custom loaders write past the parameters' loaders
+    until: upstream has restore_weights_before_loading
+
+ModelRunner.get_weights_by_name, ModelRunner.save_remote_model, ModelRunner.save_sharded_model, ModelRunner.check_weights, ModelRunner.send_weights_to_remote_instance
+    why: what leaves the server, or is compared, is the checkpoint's bytes
     until: upstream has restore_weights_before_loading
 """
 
 from typing import TYPE_CHECKING
 
-from overlay.marks import splice
+from overlay.marks import decorate, prepend, splice
 
-from sglang.srt.layers.quantization.mxfp8_weights import manage_mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8_model import (
+    check_mxfp8_disk_update,
+    has_mxfp8_layers,
+    in_mxfp8_checkpoint_form,
+    load_mxfp8_model,
+    load_mxfp8_tensors_directly,
+    what_was_written,
+)
 
 if TYPE_CHECKING:
-    from sglang.srt.model_executor.model_runner import DeviceConfig
+    from sglang.srt.model_executor.model_runner import (
+        DeviceConfig,
+        ModelConfig,
+        dynamic_import,
+    )
 
 
 class ModelRunner:
     @splice
     def load_model(self):
-        self.model = manage_mxfp8_weights(
-            self.loader.load_model(
-                model_config=self.model_config,
-                device_config=DeviceConfig(self.device, self.gpu_id),
-            )
+        self.model = load_mxfp8_model(
+            self.loader, self.model_config, DeviceConfig(self.device, self.gpu_id)
         )
+
+    @prepend
+    def update_weights_from_disk(self, model_path, load_format, weight_name_filter):
+        refusal = check_mxfp8_disk_update(
+            self.model, self.model_config, model_path, load_format, weight_name_filter
+        )
+        if refusal is not None:
+            return False, refusal
+        served_path = self.model_config.model_path
+
+    @splice(within="except Exception as e")
+    def update_weights_from_disk(self):
+        iter = get_weight_iter(self._roll_back_to(served_path))
+
+    def _roll_back_to(self, model_path: str) -> ModelConfig:
+        self.model_config.model_path = model_path
+        return self.model_config
+
+    @splice
+    def update_weights_from_distributed(self):
+        error_msg = f"Failed to update parameter online: {e}. {what_was_written(e)}"
+
+    @splice
+    def _update_bucketed_weights_from_distributed(self):
+        error_msg = f"Failed to update parameter online: {e}. {what_was_written(e)}"
+
+    @splice
+    def update_weights_from_tensor(self):
+        custom_loader = in_mxfp8_checkpoint_form(dynamic_import(load_format))
+
+    @decorate
+    @in_mxfp8_checkpoint_form
+    def get_weights_by_name(self): ...
+
+    @decorate
+    @in_mxfp8_checkpoint_form
+    def send_weights_to_remote_instance(self): ...
+
+    @decorate
+    @in_mxfp8_checkpoint_form
+    def save_remote_model(self): ...
+
+    @decorate
+    @in_mxfp8_checkpoint_form
+    def save_sharded_model(self): ...
+
+    @decorate
+    @in_mxfp8_checkpoint_form
+    def check_weights(self): ...
+
+
+@prepend
+def _model_load_weights_direct(model, named_tensors):
+    if has_mxfp8_layers(model):
+        load_mxfp8_tensors_directly(model, named_tensors)
+        return

@@ -143,7 +143,7 @@ class Fp8LinearMethod(LinearMethodBase):
             x, input_scale = x if isinstance(x, tuple) else (x, None)
             return layer.w8a8_mxfp8_linear(
                 input=x,
-                weight=layer.mxfp8_weights.operand,
+                weight=layer.weight,
                 weight_scale=layer.weight_scale_inv,
                 input_scale=input_scale,
                 bias=bias,

@@ -31,7 +31,7 @@ flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _register_mxfp8_op
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
-bf16_mxfp8_linear
+bf16_mxfp8_linear, mxfp8_bf16_matmul
     why: a layer that no MXFP8 kernel takes still has to be served
     until: a kernel takes every shape
 """
@@ -51,6 +51,8 @@ from sglang.srt.environ import envs
 from sglang.srt.layers.quantization import mxfp8_emulation
 from sglang.srt.layers.quantization.mxfp8_layout import (
     GROUP_SIZE,
+    dequantized_weight,
+    kernel_scale,
     swizzle_scale,
     swizzled_scale_numel,
 )
@@ -263,7 +265,7 @@ def _fake_mxfp8_quantize(
     )
 
 
-@_register_mxfp8_op(fake_impl=_fake_mxfp8_quantize)
+@_register_mxfp8_op(_fake_mxfp8_quantize)
 def flashinfer_mxfp8_quantize(
     input: torch.Tensor, use_8x4_sf_layout: bool
 ) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -296,7 +298,7 @@ def _fake_mm_mxfp8(
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 
-@_register_mxfp8_op(fake_impl=_fake_mm_mxfp8)
+@_register_mxfp8_op(_fake_mm_mxfp8)
 def flashinfer_mm_mxfp8(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -343,7 +345,7 @@ def _fake_mxfp8_linear(
     return input.new_empty((input.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
-@_register_mxfp8_op(fake_impl=_fake_mxfp8_linear)
+@_register_mxfp8_op(_fake_mxfp8_linear)
 def flashinfer_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -369,7 +371,7 @@ def flashinfer_mxfp8_linear(
         values,
         weight.t(),
         scale,
-        weight_scale.as_strided((swizzled_scale_numel(*weight_scale.shape),), (1,)),
+        kernel_scale(weight_scale),
         out_dtype,
         False,
         backend,
@@ -407,6 +409,20 @@ def flashinfer_mxfp8_blockscaled_linear(
     return output.view(*input.shape[:-1], weight.shape[0])
 
 
+def _fake_bf16_linear(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@_register_mxfp8_op(_fake_bf16_linear)
+def mxfp8_bf16_matmul(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """input @ weight.T with the bf16 copy behind an e4m3 weight [N, K]; opaque, since
+    torch.compile must not see past the weight's view."""
+    output = torch.nn.functional.linear(
+        input.to(torch.bfloat16), dequantized_weight(weight)
+    )
+    return output.to(input.dtype)
+
+
 def bf16_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -414,16 +430,20 @@ def bf16_mxfp8_linear(
     input_scale: Optional[torch.Tensor] = None,
     bias: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
-    """input @ weight.T + bias with a dequantized bf16 weight [N, K]; activations stay bf16.
+    """input @ weight.T + bias with the layer's dequantized weight; activations stay bf16.
 
-    `weight_scale` is not read. Pre-quantized input (e4m3 [M, K] with a uint8 [M, K/32]
-    `input_scale`) is dequantized. Returns [..., N] in the input's dtype, bf16 for
-    pre-quantized input.
+    Args:
+        input: [..., K] bf16 or fp16; or e4m3 [M, K] with `input_scale`.
+        weight: e4m3 [N, K] of a layer whose kernel form is bf16.
+        weight_scale: not read.
+        input_scale: for pre-quantized input: uint8 [M, K/32].
+        bias: [N], or None.
+
+    Returns [..., N] in the input's dtype, bf16 for pre-quantized input.
     """
-    out_dtype = input.dtype
     if input_scale is not None:
-        input, out_dtype = mxfp8_emulation.dequantize(input, input_scale), weight.dtype
-    output = torch.nn.functional.linear(input.to(weight.dtype), weight)
+        input = mxfp8_emulation.dequantize(input, input_scale).to(torch.bfloat16)
+    output = mxfp8_bf16_matmul(input, weight)
     if bias is not None:
         output += bias
-    return output.to(out_dtype)
+    return output

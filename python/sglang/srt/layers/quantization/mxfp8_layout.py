@@ -1,12 +1,16 @@
 """Weight and scale layouts of FlashInfer's MXFP8 GEMMs, and their inverses.
 
-Pure torch, any device; no index tensors and no global tensors. Every function is a
-permutation of bytes (plus zero padding), so each has an exact inverse.
+Pure torch, any device (on NVIDIA GPUs the in-place row shuffle is a Triton kernel); no
+index tensors and no global tensors. Every function is a permutation of bytes (plus zero
+padding), so each has an exact inverse. Functions whose names end in _ work in place,
+with at most 64 MiB of temporary memory.
 
 Sources: FlashInfer 0.6.7.post3, `shuffle_matrix_a` and `shuffle_matrix_sf_a` with an
 epilogue tile of 128 (row order), `block_scale_interleave` (128x4) and
 `get_sf_out_offset_8x4` (8x4).
 """
+
+from typing import Iterator, Tuple
 
 import torch
 
@@ -40,66 +44,175 @@ def unshuffle_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 def shuffle_rows_(weight: torch.Tensor) -> torch.Tensor:
-    """`shuffle_rows` in place, with at most 64 MiB of temporary memory."""
+    """`shuffle_rows` in place; on an NVIDIA GPU without temporary memory."""
     return _permute_blocks_(weight, 8, 4)
 
 
 def unshuffle_rows_(weight: torch.Tensor) -> torch.Tensor:
-    """`unshuffle_rows` in place, with at most 64 MiB of temporary memory."""
+    """`unshuffle_rows` in place; on an NVIDIA GPU without temporary memory."""
     return _permute_blocks_(weight, 4, 8)
 
 
-def swizzle_scale(scale: torch.Tensor, row_tile: int = 128) -> torch.Tensor:
+def swizzle_scale(
+    scale: torch.Tensor, row_tile: int = 128, shuffle: bool = False
+) -> torch.Tensor:
     """Swizzle a [rows, groups] uint8 scale into the 1-D 128x4 or 8x4 layout.
 
-    Rows are padded to `row_tile` (128 or 8) and groups to 4, with zero bytes.
+    Rows are padded to `row_tile` (128 or 8) and groups to 4, with zero bytes. With
+    `shuffle` (128x4, rows % 32 == 0), the rows go through `shuffle_rows` first: the
+    scale of a trtllm weight.
     """
-    rows, groups = scale.shape
-    padded = scale.new_zeros(align(rows, row_tile), align(groups, SCALE_GROUP_TILE))
-    padded[:rows, :groups] = scale
-    column_tiles = padded.shape[1] // SCALE_GROUP_TILE
-    if row_tile == 128:
-        tiles = padded.view(-1, 4, 32, column_tiles, 4).permute(0, 3, 2, 1, 4)
-    else:
-        tiles = padded.view(-1, row_tile, column_tiles, 4).permute(0, 2, 1, 3)
-    return tiles.reshape(-1)
+    if shuffle:
+        _check_rows(scale.shape[0])
+    plain = _plain_view(_pad(scale, row_tile), row_tile, shuffle)
+    return plain.permute(_REVERSE).contiguous().view(-1).view(scale.dtype)
 
 
 def unswizzle_scale(
-    swizzled: torch.Tensor, rows: int, groups: int, row_tile: int = 128
+    swizzled: torch.Tensor,
+    rows: int,
+    groups: int,
+    row_tile: int = 128,
+    shuffle: bool = False,
 ) -> torch.Tensor:
     """Inverse of `swizzle_scale`: [rows, groups], the padding dropped.
 
     Raises ValueError when the length of `swizzled` is not that of the layout.
     """
+    _check_scale(swizzled, rows, groups, row_tile, shuffle)
+    tiles = _tile_view(swizzled, groups, row_tile, shuffle)
+    padded = tiles.permute(_REVERSE).contiguous().view(-1).view(swizzled.dtype)
+    return padded.view(align(rows, row_tile), -1)[:rows, :groups]
+
+
+def swizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) -> None:
+    """`swizzle_scale` into the 128x4 layout, in place.
+
+    `room` is 1-D uint8 of `swizzled_scale_numel(rows, groups)` bytes, which start with
+    the [rows, groups] scale. Raises ValueError, before the first write, for a room of
+    another length, or for rows % 32 != 0 with `shuffle`.
+    """
+    # Padding makes the swizzled form the longer one, so it is written from the end.
+    for plain, swizzled in reversed(list(_scale_slabs(room, rows, groups, shuffle))):
+        copy = _plain_view(_pad(plain, 128), 128, shuffle)
+        _tile_view(swizzled, groups, 128, shuffle).copy_(copy.permute(_REVERSE))
+
+
+def unswizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) -> None:
+    """Inverse of `swizzle_scale_`; what follows the scale in `room` is left undefined."""
+    for plain, swizzled in _scale_slabs(room, rows, groups, shuffle):
+        tiles = _tile_view(swizzled, groups, 128, shuffle)
+        copy = tiles.permute(_REVERSE).clone(memory_format=torch.contiguous_format)
+        padded = copy.view(-1).view(room.dtype).view(align(len(plain), 128), -1)
+        plain.copy_(padded[: len(plain), :groups])
+
+
+# Seen as 4-byte words, with the row index in three factors, a swizzled scale is the plain
+# one with all dimensions but the first (whole row tiles) in reverse order.
+_REVERSE = (0, 4, 3, 2, 1)
+
+
+def _row_factors(row_tile: int, shuffle: bool) -> Tuple[int, int, int]:
+    if shuffle:
+        return 4, 8, 4
+    return (4, 32, 1) if row_tile == 128 else (1, row_tile, 1)
+
+
+def _plain_view(padded: torch.Tensor, row_tile: int, shuffle: bool) -> torch.Tensor:
+    words = padded.view(torch.int32)
+    return words.view(-1, *_row_factors(row_tile, shuffle), words.shape[1])
+
+
+def _tile_view(
+    swizzled: torch.Tensor, groups: int, row_tile: int, shuffle: bool
+) -> torch.Tensor:
+    column_tiles = align(groups, SCALE_GROUP_TILE) // SCALE_GROUP_TILE
+    factors = reversed(_row_factors(row_tile, shuffle))
+    return swizzled.view(torch.int32).view(-1, column_tiles, *factors)
+
+
+def _pad(scale: torch.Tensor, row_tile: int) -> torch.Tensor:
+    """A copy of `scale` with whole tiles, the padding zero."""
+    rows, groups = scale.shape
+    padding = (0, -groups % SCALE_GROUP_TILE, 0, -rows % row_tile)
+    return torch.nn.functional.pad(scale.contiguous(), padding)
+
+
+def _scale_slabs(
+    room: torch.Tensor, rows: int, groups: int, shuffle: bool
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """The pieces of a scale that move among themselves: plain [rows, groups], and 1-D."""
+    _check_scale(room, rows, groups, 128, shuffle)
+    padded_groups = align(groups, SCALE_GROUP_TILE)
+    step = max(1, MAX_TEMPORARY_BYTES // (128 * padded_groups)) * 128
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        yield (
+            room[start * groups : end * groups].view(-1, groups),
+            room[start * padded_groups : align(end, 128) * padded_groups],
+        )
+
+
+def _check_scale(
+    swizzled: torch.Tensor, rows: int, groups: int, row_tile: int, shuffle: bool
+) -> None:
+    if shuffle:
+        _check_rows(rows)
     expected = swizzled_scale_numel(rows, groups, row_tile)
     if swizzled.numel() != expected:
         raise ValueError(
             f"a [{rows}, {groups}] scale in the {row_tile}x4 layout has {expected} "
             f"bytes, got {swizzled.numel()}"
         )
-    column_tiles = align(groups, SCALE_GROUP_TILE) // SCALE_GROUP_TILE
-    if row_tile == 128:
-        tiles = swizzled.view(-1, column_tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    else:
-        tiles = swizzled.view(-1, column_tiles, row_tile, 4).permute(0, 2, 1, 3)
-    padded = tiles.reshape(align(rows, row_tile), column_tiles * SCALE_GROUP_TILE)
-    return padded[:rows, :groups]
+
+
+def _check_rows(rows: int) -> None:
+    if rows % SHUFFLE_ROWS != 0:
+        raise ValueError(
+            f"the trtllm row order needs N % {SHUFFLE_ROWS} == 0, got N = {rows}"
+        )
+
+
+def kernel_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The 1-D 128x4 bytes behind a registered [N, K/32] scale, padding included.
+
+    The padding lies in the parameter's storage beyond its view. Raises RuntimeError
+    (from torch) when the storage is too small, as after a copy of the bare view.
+    """
+    return scale.as_strided((swizzled_scale_numel(*scale.shape),), (1,))
+
+
+def dequantized_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The bf16 [N, K] weight in the storage of a registered e4m3 [N, K], beyond its view."""
+    n, k = weight.shape
+    start = align(n * k, 16)
+    behind = weight.view(torch.uint8).as_strided((2 * n * k,), (1,), start)
+    return behind.view(torch.bfloat16).view(n, k)
+
+
+def dequantized_end(n: int, k: int) -> int:
+    """Bytes of the storage that `dequantized_weight` reads to."""
+    return align(n * k, 16) + 2 * n * k
 
 
 def _permute_blocks(matrix: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
     """Within each block of outer*inner rows, exchange the two factors of the row index."""
     rows, columns = matrix.shape
-    if rows % SHUFFLE_ROWS != 0:
-        raise ValueError(
-            f"the trtllm row order needs N % {SHUFFLE_ROWS} == 0, got N = {rows}"
-        )
+    _check_rows(rows)
     blocks = matrix.view(rows // SHUFFLE_ROWS, outer, inner, columns)
     return blocks.transpose(1, 2).reshape(rows, columns)
 
 
 def _permute_blocks_(matrix: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
     rows, columns = matrix.shape
+    _check_rows(rows)
+    if matrix.is_cuda and torch.version.hip is None:
+        from sglang.srt.layers.quantization import mxfp8_shuffle_kernel as kernel
+
+        if kernel.can_rotate_rows(matrix):
+            with torch.cuda.device(matrix.device):
+                kernel.rotate_rows_(matrix, outer)
+            return matrix
     wide = _widest_elements(matrix)
     block_bytes = SHUFFLE_ROWS * columns * matrix.element_size()
     step = max(1, MAX_TEMPORARY_BYTES // max(1, block_bytes)) * SHUFFLE_ROWS

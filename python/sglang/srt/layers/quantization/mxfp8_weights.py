@@ -1,21 +1,26 @@
 """One MXFP8 linear's weight and scale: a single copy of each, in one of two forms.
 
 The checkpoint form is what a checkpoint holds: e4m3 [N, K] and E8M0 bytes [N, K/32].
-The kernel form is what the layer's backend reads. For the FlashInfer backends it is a
-permutation of the same bytes in the same memory, so that it can be undone before the
-next weight update writes a part of them. Parameters keep their identity, class, shape
-and address in both forms.
+The kernel form is what the layer's backend reads, in the same memory: for FlashInfer a
+permutation of the same bytes, undone before a weight update writes a part of them. What
+the kernel form needs beyond the checkpoint's bytes (a scale's padding, a dequantized
+weight) lies in the parameter's storage, beyond its view. Parameters keep their
+identity, class, shape and address in both forms.
 """
 
-import logging
 import threading
-from typing import Callable, Dict, List, Set
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple
 
 import torch
 
 from sglang.srt.layers.quantization.fp8_utils import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8_layout import (
+    GROUP_SIZE,
+    dequantized_end,
+    dequantized_weight,
+    kernel_scale,
     shuffle_rows,
     shuffle_rows_,
     swizzle_scale,
@@ -25,9 +30,6 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     unswizzle_scale,
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
-from sglang.srt.utils import log_info_on_rank0
-
-logger = logging.getLogger(__name__)
 
 WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
@@ -36,15 +38,18 @@ _SAME_BYTES = {
     torch.uint8: (torch.float8_e8m0fnu,),
 }
 _form_lock = threading.Lock()
+_deferrals = 0
 
 
-def kernel_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The 1-D 128x4 bytes behind a registered [N, K/32] scale, padding included.
-
-    The padding lies in the parameter's storage beyond its view. Raises RuntimeError
-    (from torch) when the storage is too small, as after a copy of the bare view.
-    """
-    return scale.as_strided((swizzled_scale_numel(*scale.shape),), (1,))
+@contextmanager
+def deferred_processing():
+    """Within it, `to_kernel_form` does nothing: raw writes find the checkpoint form."""
+    global _deferrals
+    _deferrals += 1
+    try:
+        yield
+    finally:
+        _deferrals -= 1
 
 
 class Mxfp8LinearWeights:
@@ -55,6 +60,11 @@ class Mxfp8LinearWeights:
         backend: what the layer runs on; fixes the kernel form.
         reason: why it does not run on the backend that was asked for, or "".
         quantize_on_load: loaded weights are bf16/fp16/fp32 and are quantized here.
+
+    Attributes:
+        shapes: of what was ever loaded, by parameter name and shard id.
+        loaded: the parameter names and shard ids that loads wrote.
+        fixed_shapes: later loads must have those shapes; set when the model is loaded.
     """
 
     def __init__(
@@ -69,52 +79,47 @@ class Mxfp8LinearWeights:
         self.reason = reason
         self.quantize_on_load = quantize_on_load
         self.in_kernel_form = False
-        self.written: Dict[str, Set] = {WEIGHT: set(), SCALE: set()}
-        if backend.is_flashinfer():
-            self._make_room_for_padding()
+        self.shapes: Dict[str, Dict[Any, torch.Size]] = {WEIGHT: {}, SCALE: {}}
+        self.loaded: Set[Tuple[str, Any]] = set()
+        self.fixed_shapes = False
+        self._make_room()
 
     @property
     def name(self) -> str:
         return getattr(self.layer, "prefix", "") or type(self.layer).__name__
 
-    @property
-    def operand(self) -> torch.nn.Parameter:
-        """The weight that the backend multiplies with."""
-        if self.backend.is_bf16():
-            return self.layer.dequantized_weight
-        return self.layer.weight
-
     def load(self, loader: Callable, param, loaded: torch.Tensor, *shard_id) -> None:
         """Write one loaded tensor (or a shard of it) through upstream's `loader`.
 
         Brings the layer to checkpoint form first. Raises ValueError for a dtype whose
-        bytes are not the parameter's.
+        bytes are not the parameter's, or for a shape that is not the layer's.
         """
-        self.to_checkpoint_form()
-        if param is self.layer.weight and self.quantize_on_load:
+        name = WEIGHT if param is self.layer.weight else SCALE
+        shard = shard_id[0] if shard_id else None
+        if self.fixed_shapes:
+            self._check_shape(name, shard, loaded.shape)
+        self._note(name, shard, loaded)
+        if name == WEIGHT and self.quantize_on_load:
             values, scale = self._quantize(loaded.to(param.device))
+            self._note(SCALE, shard, scale)
+            self.to_checkpoint_form()
             loader(self.layer.weight, values, *shard_id)
             loader(self.layer.weight_scale_inv, scale, *shard_id)
-            self._mark_written((WEIGHT, SCALE), shard_id)
-            return
-        name = WEIGHT if param is self.layer.weight else SCALE
-        loader(param, self._as_bytes_of(param, name, loaded), *shard_id)
-        self._mark_written((name,), shard_id)
+        else:
+            loaded = self.as_bytes_of(param, name, loaded)
+            self.to_checkpoint_form()
+            loader(param, loaded, *shard_id)
 
     def unwritten(self) -> List[str]:
         """Names of the parameters that no load, or not every shard, has written."""
-        shards = len(self.layer.logical_widths)
-        return [
-            name
-            for name, ids in self.written.items()
-            if None not in ids and len(ids) < shards
-        ]
+        return [name for name in self.shapes if not self._is_whole(name)]
 
     def to_kernel_form(self) -> None:
         """Rearrange weight and scale for the backend, in place; once is enough."""
         with _form_lock:
-            if self.in_kernel_form:
+            if self.in_kernel_form or _deferrals:
                 return
+            self._require_room()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
                 shuffled = self.backend.is_flashinfer_trtllm()
@@ -123,11 +128,7 @@ class Mxfp8LinearWeights:
                     shuffle_rows_(weight)
                 kernel_scale(scale).copy_(swizzled)
             elif self.backend.is_bf16():
-                copy_or_rebind_param(
-                    self.layer,
-                    "dequantized_weight",
-                    dequantize(weight, scale).to(torch.bfloat16),
-                )
+                dequantized_weight(weight).copy_(dequantize(weight, scale))
             self.in_kernel_form = True
 
     def to_checkpoint_form(self) -> None:
@@ -135,29 +136,28 @@ class Mxfp8LinearWeights:
         with _form_lock:
             if not self.in_kernel_form:
                 return
-            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
-                restored = unswizzle_scale(kernel_scale(scale), *scale.shape)
+                scale = self._checkpoint_scale()
                 if self.backend.is_flashinfer_trtllm():
-                    restored = unshuffle_rows(restored.contiguous())
-                    unshuffle_rows_(weight)
-                scale.copy_(restored.clone())
+                    unshuffle_rows_(self.layer.weight.data)
+                copy_or_rebind_param(self.layer, SCALE, scale)
             self.in_kernel_form = False
 
-    def _make_room_for_padding(self) -> None:
-        scale = self.layer.weight_scale_inv
-        room = scale.new_zeros(swizzled_scale_numel(*scale.shape))
-        scale.data = room[: scale.numel()].view_as(scale)
+    def dequantized(self) -> torch.Tensor:
+        """The weight as bf16 [N, K], in memory of its own, from either form.
 
-    def _quantize(self, loaded: torch.Tensor) -> tuple:
-        if not loaded.is_floating_point() or loaded.element_size() < 2:
-            raise ValueError(
-                f"{self.name}.{WEIGHT}: --quantization mxfp8 quantizes bf16, fp16 or "
-                f"fp32 weights, got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
-            )
-        return quantize(loaded)
+        For models that read a layer themselves (MLA's `kv_b_proj`). Changes no form.
+        """
+        with _form_lock:
+            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
+            if self.in_kernel_form and self.backend.is_flashinfer():
+                scale = self._checkpoint_scale()
+                if self.backend.is_flashinfer_trtllm():
+                    weight = unshuffle_rows(weight)
+            return dequantize(weight, scale).to(torch.bfloat16)
 
-    def _as_bytes_of(self, param, name: str, loaded: torch.Tensor) -> torch.Tensor:
+    def as_bytes_of(self, param, name: str, loaded: torch.Tensor) -> torch.Tensor:
+        """`loaded` in the parameter's dtype, without conversion, or ValueError."""
         if loaded.dtype == param.dtype:
             return loaded
         if loaded.dtype in _SAME_BYTES[param.dtype]:
@@ -167,61 +167,93 @@ class Mxfp8LinearWeights:
             "(e4m3 weight and E8M0 scale), or serve with --quantization mxfp8"
         )
 
-    def _mark_written(self, names, shard_id: tuple) -> None:
-        ids = shard_id[0] if shard_id else None
-        for name in names:
-            self.written[name].update(ids if isinstance(ids, tuple) else (ids,))
+    def check_parameters(self) -> None:
+        """Raise RuntimeError where a load put other parameters in place of the layer's."""
+        for name in (WEIGHT, SCALE):
+            if not hasattr(getattr(self.layer, name), "weight_loader"):
+                raise RuntimeError(
+                    f"{self.name} ({self.backend.value}): loading replaced its {name}, "
+                    "so it cannot be prepared or updated. Load formats layered and "
+                    "flash_rl do so; use --load-format auto."
+                )
 
+    def _checkpoint_scale(self) -> torch.Tensor:
+        """A copy of the scale's checkpoint bytes, [N, K/32], from kernel form."""
+        scale = self.layer.weight_scale_inv.data
+        plain = unswizzle_scale(kernel_scale(scale), *scale.shape)
+        if self.backend.is_flashinfer_trtllm():
+            plain = unshuffle_rows(plain.contiguous())
+        return plain.clone(memory_format=torch.contiguous_format)
 
-def manage_mxfp8_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Keep a loaded model's MXFP8 layers in kernel form across every later load.
-
-    Returns `model`, whose `load_weights` now ends by bringing the layers that it wrote
-    back to kernel form. Logs once which backend each group of layers runs on.
-
-    Raises ValueError naming the layers that a checkpoint load did not fill. Loads that
-    write past the loaders (dummy, sharded state) write no layer, and are left alone.
-    """
-    layers = [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
-    if not layers:
-        return model
-    _check_all_written(layers)
-    _log_backends(layers)
-    load_weights = model.load_weights
-
-    def load_weights_and_process(*args, **kwargs):
-        try:
-            return load_weights(*args, **kwargs)
-        finally:
-            for weights in layers:
-                weights.to_kernel_form()
-
-    model.load_weights = load_weights_and_process
-    return model
-
-
-def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
-    if not any(ids for weights in layers for ids in weights.written.values()):
-        return
-    missing = [f"{w.name}.{name}" for w in layers for name in w.unwritten()]
-    if missing:
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        raise ValueError(
-            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: {shown}. "
-            "Check that it has a weight_scale_inv beside every quantized weight, and "
-            "that layers kept in bf16 are listed in modules_to_not_convert."
+    def exceeds_its_parameters(self) -> bool:
+        """Whether the kernel form needs bytes beyond the registered parameters."""
+        return any(
+            needed > param.numel() * param.element_size()
+            for param, needed in self._needed_bytes()
         )
 
+    def _make_room(self) -> None:
+        for param, needed in self._needed_bytes():
+            room = torch.zeros(needed, dtype=torch.uint8, device=param.device)
+            view = room[: param.numel()].view(param.dtype)
+            param.data = view.view(param.shape)
 
-def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
-    groups: Dict[tuple, List[Mxfp8LinearWeights]] = {}
-    for weights in layers:
-        groups.setdefault((weights.backend, weights.reason), []).append(weights)
-    for (backend, reason), members in groups.items():
-        kinds = {w.name.split(".")[-1]: tuple(w.layer.weight.shape) for w in members}
-        listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items())
-        log_info_on_rank0(
-            logger,
-            f"MXFP8: {len(members)} linear layers on {backend.value} ({listed})"
-            + (f": {reason}" if reason else ""),
-        )
+    def _require_room(self) -> None:
+        for param, needed in self._needed_bytes():
+            if param.untyped_storage().nbytes() < needed:
+                raise RuntimeError(
+                    f"{self.name} ({self.backend.value}): its kernel form needs {needed} "
+                    f"bytes behind a parameter that was moved with "
+                    f"{param.untyped_storage().nbytes()}. CPU offload moves bare "
+                    "parameters: serve without --cpu-offload-gb and --offload-*, or list "
+                    "the layer in modules_to_not_convert."
+                )
+
+    def _needed_bytes(self) -> List[Tuple[torch.nn.Parameter, int]]:
+        """The parameters whose storage has more than their view, and its bytes."""
+        weight, scale = self.layer.weight, self.layer.weight_scale_inv
+        if self.backend.is_flashinfer():
+            return [(scale, swizzled_scale_numel(*scale.shape))]
+        if self.backend.is_bf16():
+            return [(weight, dequantized_end(*weight.shape))]
+        return []
+
+    def _note(self, name: str, shard, tensor: torch.Tensor) -> None:
+        self.shapes[name][shard] = tensor.shape
+        self.loaded.add((name, shard))
+
+    def _is_whole(self, name: str) -> bool:
+        shards = self.shapes[name]
+        parts = sum(len(s) if isinstance(s, tuple) else 1 for s in shards)
+        return None in shards or parts == len(self.layer.logical_widths)
+
+    def _check_shape(self, name: str, shard, shape: torch.Size) -> None:
+        expected = self.shapes[name].get(shard) or self._full_shape(name, shard)
+        if expected is not None and shape != expected:
+            part = "" if shard is None else f" (shard {shard})"
+            raise ValueError(
+                f"{self.name}.{name}{part} is {list(expected)}, got {list(shape)}"
+            )
+
+    def _full_shape(self, name: str, shard) -> Optional[torch.Size]:
+        """Shape of a whole tensor of the checkpoint, as the layer declares it."""
+        layer = self.layer
+        if getattr(layer, "use_presharded_weights", False) or isinstance(shard, tuple):
+            return None
+        if shard is None:
+            rows = layer.output_size
+        elif hasattr(layer, "total_num_kv_heads"):
+            heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
+            rows = heads * (layer.v_head_size if shard == "v" else layer.head_size)
+        else:
+            rows = layer.output_sizes[shard]
+        columns = layer.input_size // (GROUP_SIZE if name == SCALE else 1)
+        return torch.Size((rows, columns))
+
+    def _quantize(self, loaded: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        if not loaded.is_floating_point() or loaded.element_size() < 2:
+            raise ValueError(
+                f"{self.name}.{WEIGHT}: --quantization mxfp8 quantizes bf16, fp16 or "
+                f"fp32 weights, got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
+            )
+        return quantize(loaded)

@@ -1,0 +1,262 @@
+"""A model's MXFP8 layers across its life: loading, updating, saving.
+
+Weights are written while layers are in checkpoint form, and read by kernels in kernel
+form. Two things change the form model-wide: the end of every load and update, and
+`mxfp8_checkpoint_form`, for code that reads or writes parameters past their loaders.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterable, List, Optional, Tuple
+
+import torch
+
+from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck, UpdateRefused
+from sglang.srt.layers.quantization.mxfp8_weights import (
+    SCALE,
+    WEIGHT,
+    Mxfp8LinearWeights,
+    deferred_processing,
+)
+from sglang.srt.utils import log_info_on_rank0
+
+logger = logging.getLogger(__name__)
+
+
+def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
+    """`loader.load_model`, then every MXFP8 layer in kernel form, for good.
+
+    While the loader runs, layers stay in checkpoint form, whatever it does: most
+    formats write through the parameters' loaders, some write raw bytes. Afterwards
+    `model.load_weights` checks an update as a whole before it writes (UpdateCheck), and
+    ends with the layers that it wrote in kernel form again. Other models are returned
+    as the loader made them.
+
+    Raises ValueError naming the tensors that a checkpoint did not fill; RuntimeError
+    for a layer that cannot be prepared. Logs once what runs where, and why.
+    """
+    with deferred_processing():
+        model = loader.load_model(
+            model_config=model_config, device_config=device_config
+        )
+    layers = mxfp8_layers(model)
+    if not layers:
+        return model
+    _refuse_unsupported(loader, layers)
+    _check_all_written(layers)
+    for weights in layers:
+        weights.check_parameters()
+        weights.fixed_shapes = True
+        weights.to_kernel_form()
+    _log_backends(layers)
+    model.mxfp8_update_check = UpdateCheck(
+        layers, _meta_model_builder(loader, model_config)
+    )
+    model.load_weights = _managed(model.load_weights, model.mxfp8_update_check, layers)
+    return model
+
+
+def check_mxfp8_disk_update(
+    model: torch.nn.Module,
+    model_config,
+    model_path: str,
+    load_format: str,
+    name_filter: Optional[Callable[[str], bool]] = None,
+) -> Optional[str]:
+    """Why the MXFP8 model will not be updated from `model_path`; None if it may be.
+
+    Reads the headers of safetensors files; other formats are left to their loader.
+    """
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    if not has_mxfp8_layers(model):
+        return None
+    try:
+        loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
+        if not isinstance(loader, DefaultModelLoader):
+            return None
+        source = DefaultModelLoader.Source.init_new(model_config, model)
+        _, files, use_safetensors = loader._prepare_weights(
+            model_path, None, source.fall_back_to_pt
+        )
+        if use_safetensors:
+            model.mxfp8_update_check.safetensors(files, name_filter)
+    except Exception as error:
+        return f"Refused to update weights from {model_path}: {error}. Nothing was written."
+    return None
+
+
+def what_was_written(error: Exception) -> str:
+    """What a failed update left behind, for its message."""
+    if isinstance(error, UpdateRefused):
+        return "Nothing was written."
+    return "The weights may be partially updated: update all of them again."
+
+
+def has_mxfp8_layers(model: torch.nn.Module) -> bool:
+    return any(hasattr(module, "mxfp8_weights") for module in model.modules())
+
+
+def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+    return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
+
+
+@contextmanager
+def mxfp8_checkpoint_form(model: torch.nn.Module):
+    """Within it, the model's MXFP8 parameters hold the checkpoint's bytes.
+
+    For code that reads or writes parameters past their loaders. Ends in kernel form.
+    """
+    layers = mxfp8_layers(model)
+    try:
+        with deferred_processing():
+            for weights in layers:
+                weights.to_checkpoint_form()
+            yield
+    finally:
+        for weights in layers:
+            weights.to_kernel_form()
+
+
+def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
+    """Run a function of a model, or of an owner of `.model`, in `mxfp8_checkpoint_form`."""
+
+    @functools.wraps(function)
+    def run(owner, *args, **kwargs):
+        model = owner if isinstance(owner, torch.nn.Module) else owner.model
+        with mxfp8_checkpoint_form(model):
+            return function(owner, *args, **kwargs)
+
+    return run
+
+
+def load_mxfp8_tensors_directly(
+    model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
+) -> None:
+    """Copy tensors into the parameters of the same names, past the loaders.
+
+    Names are those of sglang's parameters (fused, this rank's shard); an MXFP8
+    parameter takes its own dtype or the same bytes. Raises ValueError, before anything
+    is written, for an unknown name, another shape, or bytes that are not the parameter's.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
+    owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
+    writes = []
+    for name, tensor in named_tensors:
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name}; nothing was written")
+        param = parameters[name]
+        if param.shape != tensor.shape:
+            raise ValueError(
+                f"{name} is {list(param.shape)}, got {list(tensor.shape)}; "
+                "nothing was written"
+            )
+        if id(param) in owners:
+            short = name.rpartition(".")[2]
+            tensor = owners[id(param)].as_bytes_of(param, short, tensor)
+        writes.append((param, tensor))
+    with mxfp8_checkpoint_form(model):
+        for param, tensor in writes:
+            param.data.copy_(tensor)
+
+
+def _managed(
+    load_weights: Callable, check: UpdateCheck, layers: List[Mxfp8LinearWeights]
+) -> Callable:
+    @functools.wraps(load_weights)
+    def load_checked_weights(weights, *args, **kwargs):
+        if not inspect.isgenerator(weights):
+            weights = list(weights)
+            check.tensors(weights)
+        try:
+            return load_weights(weights, *args, **kwargs)
+        finally:
+            for layer_weights in layers:
+                layer_weights.to_kernel_form()
+
+    return load_checked_weights
+
+
+def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
+    """Builds the model again on the meta device: its loaders and shapes, no memory."""
+    from sglang.srt.model_loader.loader import (
+        _get_quantization_config,
+        _initialize_model,
+        set_default_torch_dtype,
+    )
+    from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
+
+    # Updates move model_config.model_path; the model stays the one that was loaded.
+    config, load_config = copy.copy(model_config), loader.load_config
+
+    def build() -> torch.nn.Module:
+        offloader = get_offloader()
+        set_offloader(NoopOffloader())
+        try:
+            with set_default_torch_dtype(config.dtype), torch.device("meta"):
+                quant_config = _get_quantization_config(config, load_config)
+                return _initialize_model(config, load_config, quant_config)
+        finally:
+            set_offloader(offloader)
+
+    return build
+
+
+def _refuse_unsupported(loader, layers: List[Mxfp8LinearWeights]) -> None:
+    """Raise RuntimeError for loads and offloads that cannot keep a layer's kernel form."""
+    from sglang.srt.utils.offloader import NoopOffloader, get_offloader
+
+    first = f"{layers[0].name} ({layers[0].backend.value})"
+    if loader.load_config.load_format == LoadFormat.FLASH_RL:
+        raise RuntimeError(
+            f"{first}: --load-format flash_rl keeps FP8 copies of its own. Use "
+            "--load-format auto with --quantization mxfp8, which quantizes bf16 updates."
+        )
+    if loader.load_config.remote_instance_weight_loader_transfer_engine is not None:
+        raise RuntimeError(
+            f"{first}: a transfer engine reads weights as the kernels see them. Use "
+            "--remote-instance-weight-loader-backend nccl."
+        )
+    padded = [weights for weights in layers if weights.exceeds_its_parameters()]
+    if padded and not isinstance(get_offloader(), NoopOffloader):
+        raise RuntimeError(
+            f"{padded[0].name} ({padded[0].backend.value}): its kernel form does not fit "
+            "its parameters, and offload moves parameters only. Serve without "
+            "--cpu-offload-gb and --offload-group-size, or list the layer in "
+            "modules_to_not_convert."
+        )
+
+
+def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
+    """Loads past the loaders (dummy, sharded state) write no layer, and are left alone."""
+    if all(
+        w.unwritten() == [WEIGHT, SCALE] and not any(w.shapes.values()) for w in layers
+    ):
+        return
+    missing = [f"{w.name}.{name}" for w in layers for name in w.unwritten()]
+    if missing:
+        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ValueError(
+            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: {shown}. "
+            "Check that it has a weight_scale_inv beside every quantized weight, and "
+            "that layers kept in bf16 are listed in modules_to_not_convert."
+        )
+
+
+def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
+    groups: Dict[tuple, List[Mxfp8LinearWeights]] = {}
+    for weights in layers:
+        groups.setdefault((weights.backend, weights.reason), []).append(weights)
+    for (backend, reason), members in groups.items():
+        kinds = {w.name.split(".")[-1]: tuple(w.layer.weight.shape) for w in members}
+        listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items())
+        log_info_on_rank0(
+            logger,
+            f"MXFP8: {len(members)} linear layers on {backend.value} ({listed})"
+            + (f": {reason}" if reason else ""),
+        )

@@ -1,0 +1,194 @@
+"""Checks a whole weight update before its first byte is written.
+
+A copy of the model on the meta device, which has loaders and shapes but no memory, loads
+the update first. What its loaders refuse, the update is refused for.
+"""
+
+import json
+import logging
+import os
+from typing import Callable, Iterable, List, Optional, Set, Tuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sglang.srt.layers.quantization.mxfp8_weights import (
+    SCALE,
+    WEIGHT,
+    Mxfp8LinearWeights,
+)
+
+logger = logging.getLogger(__name__)
+
+NamedTensors = Iterable[Tuple[str, torch.Tensor]]
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+class UpdateRefused(ValueError):
+    """An update that the model would not take; nothing of it was written."""
+
+
+class UpdateCheck:
+    """Tells whether a model would take an update, without touching the model.
+
+    Args:
+        layers: the model's MXFP8 layers, loaded.
+        build: makes the same model on the meta device; called at the first check.
+    """
+
+    def __init__(
+        self, layers: List[Mxfp8LinearWeights], build: Callable[[], torch.nn.Module]
+    ) -> None:
+        self._layers = {weights.name: weights for weights in layers}
+        self._build = build
+        self._model: Optional[torch.nn.Module] = None
+
+    def tensors(self, named_tensors: NamedTensors) -> None:
+        """Check tensors in memory. Raises UpdateRefused for what cannot be loaded.
+
+        A weight may come without its scale: trainers send their buckets one by one.
+        """
+        self._load((name, tensor.to("meta")) for name, tensor in named_tensors)
+
+    def safetensors(
+        self, files: List[str], name_filter: Optional[Callable[[str], bool]] = None
+    ) -> None:
+        """Check a checkpoint by its files' headers. Raises UpdateRefused as `tensors` does,
+        and for a file that is damaged or missing, and a weight without its scale."""
+        found = [named for file in files for named in _read_header(file)]
+        _check_index(files, {name for name, _ in found})
+        written = self._load(
+            (name, tensor)
+            for name, tensor in found
+            if name_filter is None or name_filter(name)
+        )
+        for weights in written:
+            shards = {SCALE: set(), WEIGHT: set()}
+            for name, shard in weights.loaded:
+                shards[name].add(shard)
+            if shards[SCALE] != shards[WEIGHT]:
+                lacks = SCALE if shards[WEIGHT] - shards[SCALE] else WEIGHT
+                raise UpdateRefused(
+                    f"{weights.name}: the checkpoint lacks a {lacks} beside its "
+                    f"{WEIGHT if lacks == SCALE else SCALE}"
+                )
+
+    def _load(self, named_tensors: NamedTensors) -> List[Mxfp8LinearWeights]:
+        """Load meta tensors into the meta model; its layers that were written."""
+        if self._model is None:
+            self._model = self._make_model()
+        layers = _layers_of(self._model)
+        for weights in layers:
+            weights.loaded.clear()
+        taken: Set[str] = set()
+        probes = [(name, _Probe.of(t, {name}, taken)) for name, t in named_tensors]
+        try:
+            self._model.load_weights(iter(probes))
+        except Exception as error:
+            if _is_unsupported_on_meta(error):
+                logger.warning("This weight update cannot be checked first: %s", error)
+                return []
+            raise UpdateRefused(str(error) or repr(error)) from error
+        self._report_untaken([name for name, _ in probes if name not in taken], taken)
+        return [weights for weights in layers if weights.loaded]
+
+    def _make_model(self) -> torch.nn.Module:
+        model = self._build()
+        for weights in _layers_of(model):
+            weights.shapes = {
+                n: dict(s) for n, s in self._layers[weights.name].shapes.items()
+            }
+            weights.fixed_shapes = True
+        # It computes with the weights, which the meta device has not.
+        if hasattr(model, "post_load_weights"):
+            model.post_load_weights = lambda *args, **kwargs: None
+        return model
+
+    @staticmethod
+    def _report_untaken(names: List[str], taken: Set[str]) -> None:
+        if not names:
+            return
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        if not taken:
+            raise UpdateRefused(f"the model takes none of these tensors: {shown}")
+        logger.warning(
+            "The model takes no tensor of %d names in this weight update: %s",
+            len(names),
+            shown,
+        )
+
+
+class _Probe(torch.Tensor):
+    """A meta tensor that remembers whose it is, and notes when a parameter takes it."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, names: Set[str], taken: Set[str]) -> "_Probe":
+        probe = torch.Tensor._make_subclass(cls, tensor)
+        probe.names, probe.taken = names, taken
+        return probe
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        probes = [p for p in tree_leaves((args, kwargs)) if isinstance(p, cls)]
+        names = set().union(*(p.names for p in probes))
+        if function is torch.Tensor.item:
+            probes[0].taken.update(names)
+            return 0.0
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
+            probes[0].taken.update(names)
+            return result
+        return tree_map_only(
+            torch.Tensor, lambda t: cls.of(t, names, probes[0].taken), result
+        )
+
+
+def _layers_of(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+    return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
+
+
+def _is_unsupported_on_meta(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
+
+
+def _read_header(file: str) -> NamedTensors:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                view = tensors.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
+                yield name, torch.empty(view.get_shape(), dtype=dtype, device="meta")
+    except (SafetensorError, OSError) as error:
+        raise UpdateRefused(f"{file} cannot be read: {error}") from error
+    except KeyError as error:
+        raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
+
+
+def _check_index(files: List[str], names: Set[str]) -> None:
+    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has."""
+    index = os.path.join(os.path.dirname(files[0]), "model.safetensors.index.json")
+    if not os.path.exists(index):
+        return
+    with open(index) as file:
+        missing = sorted(set(json.load(file)["weight_map"]) - names)
+    if missing:
+        raise UpdateRefused(
+            f"{index} lists {len(missing)} tensors that no file has: {missing[0]}, ..."
+        )
