@@ -1,13 +1,15 @@
 """What the MXFP8 tests share: parallel state, servers, random checkpoints, references."""
 
 import contextlib
+import json
 import os
 import sys
-from typing import List, Optional, TextIO, Tuple
+from typing import Dict, List, Optional, TextIO, Tuple
 from unittest import mock
 
 import requests
 import torch
+from safetensors.torch import save_file
 
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
@@ -67,6 +69,101 @@ def reference_linear(
     if quantize_input:
         x = dequantize(*quantize(x.reshape(-1, x.shape[-1]))).view(x.shape)
     return x.double() @ dequantize(weight, scale).double().t()
+
+
+# hidden 512, so that qkv, o and gate_up fit trtllm, gate_up with a padded scale (N 1088);
+# down's K of 544 leaves it to cutlass, with padding in both dimensions.
+TINY_LLAMA = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_size=512,
+    intermediate_size=544,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=1,
+    head_dim=64,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+    vocab_size=320,
+    torch_dtype="bfloat16",
+    bos_token_id=1,
+    eos_token_id=2,
+    quantization_config=dict(
+        quant_method="mxfp8",
+        activation_scheme="dynamic",
+        weight_block_size=[1, 32],
+        scale_fmt="ue8m0",
+    ),
+)
+
+
+def tiny_llama_tensors(seed: int = 0) -> Dict[str, torch.Tensor]:
+    """Random MXFP8 checkpoint tensors of a model with config TINY_LLAMA."""
+    c, generator = TINY_LLAMA, torch.Generator().manual_seed(seed)
+    hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+    linears = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+    def random(*shape):
+        values = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        return values.bfloat16()
+
+    tensors = {
+        "model.embed_tokens.weight": random(c["vocab_size"], hidden) * 8,
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+    }
+    for i in range(c["num_hidden_layers"]):
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden).bfloat16()
+        for name, shape in linears.items():
+            values, scale = quantize(random(*shape))
+            tensors[f"model.layers.{i}.{name}.weight"] = values
+            tensors[f"model.layers.{i}.{name}.weight_scale_inv"] = scale
+    return tensors
+
+
+def write_checkpoint(directory: str, tensors: Dict[str, torch.Tensor]) -> str:
+    """Write `tensors` as a checkpoint with config TINY_LLAMA, without a tokenizer."""
+    os.makedirs(directory, exist_ok=True)
+    save_file(tensors, os.path.join(directory, "model.safetensors"))
+    with open(os.path.join(directory, "config.json"), "w") as file:
+        json.dump(TINY_LLAMA, file)
+    return directory
+
+
+def fused_parameters(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Checkpoint tensors by the names, and in the shapes, of sglang's parameters."""
+    fused = {}
+    for name, tensor in tensors.items():
+        for parts, whole in ((_QKV, "qkv_proj"), (_GATE_UP, "gate_up_proj")):
+            part = next((p for p in parts if f".{p}." in name), None)
+            if part == parts[0]:
+                raw = [tensors[name.replace(part, p)].view(torch.uint8) for p in parts]
+                fused[name.replace(part, whole)] = torch.cat(raw).view(tensor.dtype)
+            if part is not None:
+                break
+        else:
+            fused[name] = tensor
+    return fused
+
+
+_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
+    """A --custom-weight-loader that copies raw bytes into parameters by name."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in named_tensors:
+        parameters[name].data.copy_(tensor)
 
 
 # The CPU server's flags: no kernel of sglang's own, and little memory.

@@ -1,5 +1,9 @@
 """The layouts of FlashInfer's MXFP8 GEMMs: FlashInfer's own helpers, and inverses."""
 
+import os
+import subprocess
+import sys
+import textwrap
 import unittest
 
 import torch
@@ -7,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglang.srt.layers.quantization import mxfp8_layout as layout
-from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=30, suite="default")
+register_cpu_ci(est_time=40, suite="default")
+register_cuda_ci(est_time=40, suite="stage-b-test-small-1-gpu")
 
 
 def random_bytes(rows: int, columns: int) -> torch.Tensor:
@@ -52,8 +57,20 @@ class TestMXFP8Layout(CustomTestCase):
         self.assertTrue(torch.equal(weight, expected))
 
     def test_rows_that_cannot_be_shuffled_are_refused(self):
-        with self.assertRaisesRegex(ValueError, "N % 32 == 0, got N = 40"):
-            layout.shuffle_rows(random_bytes(40, 8))
+        weight, room = random_bytes(40, 8), random_bytes(1, 512)[0]
+        before = weight.clone(), room.clone()
+        for refused in (
+            lambda: layout.shuffle_rows(weight),
+            lambda: layout.shuffle_rows_(weight),
+            lambda: layout.unshuffle_rows_(weight),
+            lambda: layout.swizzle_scale(weight, shuffle=True),
+            lambda: layout.swizzle_scale_(room, 40, 4, shuffle=True),
+            lambda: layout.unswizzle_scale_(room, 40, 4, shuffle=True),
+        ):
+            with self.assertRaisesRegex(ValueError, "N % 32 == 0, got N = 40"):
+                refused()
+        self.assertTrue(torch.equal(weight, before[0]))
+        self.assertTrue(torch.equal(room, before[1]))
 
     @given(
         rows=st.integers(1, 300),
@@ -87,9 +104,163 @@ class TestMXFP8Layout(CustomTestCase):
             inside = (row % 8) * 4 + group % 4
         return tile * row_tile * 4 + inside
 
+    @given(
+        rows=st.integers(1, 300),
+        groups=st.integers(1, 20),
+        shuffle=st.booleans(),
+        limit=st.sampled_from([1, 4096, layout.MAX_TEMPORARY_BYTES]),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_swizzle_in_place_equals_swizzle_and_is_undone(
+        self, rows, groups, shuffle, limit
+    ):
+        rows = layout.align(rows, 32) if shuffle else rows
+        scale = random_bytes(rows, groups)
+        shuffled = layout.shuffle_rows(scale) if shuffle else scale
+        expected = layout.swizzle_scale(shuffled)
+        self.assertTrue(
+            torch.equal(layout.swizzle_scale(scale, shuffle=shuffle), expected)
+        )
+        restored = layout.unswizzle_scale(expected, rows, groups, shuffle=shuffle)
+        self.assertTrue(torch.equal(restored, scale))
+        # The room's padding starts poisoned: applying writes it.
+        room = torch.full_like(expected, 0xA5)
+        room[: scale.numel()] = scale.view(-1)
+        default, layout.MAX_TEMPORARY_BYTES = layout.MAX_TEMPORARY_BYTES, limit
+        try:
+            layout.swizzle_scale_(room, rows, groups, shuffle)
+            self.assertTrue(torch.equal(room, expected))
+            layout.unswizzle_scale_(room, rows, groups, shuffle)
+        finally:
+            layout.MAX_TEMPORARY_BYTES = default
+        self.assertTrue(torch.equal(room[: scale.numel()].view_as(scale), scale))
+
     def test_unswizzle_refuses_a_wrong_length(self):
         with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
             layout.unswizzle_scale(torch.zeros(512, dtype=torch.uint8), 200, 4)
+        with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
+            layout.swizzle_scale_(torch.zeros(512, dtype=torch.uint8), 200, 4, False)
+
+
+class TestMXFP8ShuffleKernel(CustomTestCase):
+    """The Triton kernel where there is no GPU: interpreted, and compiled for one."""
+
+    def run_with_kernel(self, script: str, **env: str) -> None:
+        """Run `script` in a new Python, with the kernel's file imported as `kernel`."""
+        folder = os.path.dirname(layout.__file__)
+        script = "import mxfp8_shuffle_kernel as kernel\n" + textwrap.dedent(script)
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": folder, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.assertEqual(result.returncode, 0, result.stdout)
+
+    def test_interpreted_kernel_shuffles_in_place_and_back(self):
+        self.run_with_kernel(
+            """
+            import torch
+
+            for n, k in ((32, 16), (32, 32), (96, 96), (160, 160), (64, 576), (32, 4128)):
+                buffer = torch.randint(0, 256, (n * k + 128,), dtype=torch.uint8)
+                before = buffer.clone()
+                weight = buffer[64:-64].view(n, k)
+                original = weight.clone()
+                assert kernel.can_rotate_rows(weight)
+                kernel.rotate_rows_(weight, 8)
+                for row in range(n):
+                    to = row // 32 * 32 + row % 4 * 8 + row % 32 // 4
+                    assert torch.equal(weight[to], original[row]), (n, k, row)
+                kernel.rotate_rows_(weight, 4)
+                assert torch.equal(buffer, before), (n, k)
+            """,
+            TRITON_INTERPRET="1",
+        )
+
+    def test_a_thread_reads_and_writes_only_its_own_16_bytes_of_a_row(self):
+        # The kernel has no barrier, so it is right only if no value changes threads.
+        self.run_with_kernel("""
+            import triton
+            from triton.backends.compiler import GPUTarget
+            from triton.compiler import ASTSource
+
+            types = {"matrix": "*i64", "vectors": "i32"}
+            types.update(FACTOR="constexpr", TILE="constexpr")
+            for tile in (64, 128, 256):
+                values = {"FACTOR": 8, "TILE": tile}
+                aligned = {(0,): [["tt.divisibility", 16]]}
+                source = ASTSource(kernel._rotate_rows, types, values, aligned)
+                compiled = triton.compile(
+                    source,
+                    target=GPUTarget("cuda", 100, 32),
+                    options={"num_warps": tile // 64},
+                )
+                ptx = compiled.asm["ptx"]
+                assert "convert_layout" not in compiled.asm["ttgir"]
+                assert compiled.metadata.shared == 0 and "bar.sync" not in ptx
+                for access in ("ld.global", "st.global"):
+                    assert ptx.count(access) == ptx.count(access + ".v2.b64") == 5, ptx
+            """)
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+class TestMXFP8LayoutCUDA(CustomTestCase):
+    def test_shuffle_in_place_takes_no_memory_and_is_undone(self):
+        # The last two go around the kernel: unaligned rows, and an unaligned matrix.
+        for n, k, offset in (
+            (32, 32, 0),
+            (96, 160, 0),
+            (1056, 576, 0),
+            (4096, 4096, 0),
+            (96, 33, 0),
+            (96, 160, 1),
+        ):
+            original = random_bytes(n, k)
+            weight = torch.empty(n * k + offset, dtype=torch.uint8, device="cuda")
+            weight = weight[offset:].view(n, k)
+            weight.copy_(original)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            layout.shuffle_rows_(weight)
+            if k % 16 == 0 and offset == 0:
+                self.assertEqual(torch.cuda.max_memory_allocated(), before)
+            expected = layout.shuffle_rows(original)
+            self.assertTrue(torch.equal(weight.cpu(), expected), (n, k, offset))
+            layout.unshuffle_rows_(weight)
+            self.assertTrue(torch.equal(weight.cpu(), original), (n, k, offset))
+
+    def test_more_than_2_to_the_31_bytes(self):
+        n, k = 32 * 16385, 4128
+        if torch.cuda.mem_get_info()[0] < 3 * n * k:
+            self.skipTest(f"needs {3 * n * k} bytes of device memory")
+        original = torch.randint(0, 256, (n, k), dtype=torch.uint8, device="cuda")
+        weight = original.clone()
+        layout.shuffle_rows_(weight)
+        for start in (0, n // 64 * 32, n - 32):
+            block = slice(start, start + 32)
+            expected = layout.shuffle_rows(original[block])
+            self.assertTrue(torch.equal(weight[block], expected), start)
+        layout.unshuffle_rows_(weight)
+        self.assertTrue(torch.equal(weight, original))
+
+    def test_scale_in_place_is_that_of_the_cpu(self):
+        for rows, groups, shuffle in (
+            (96, 5, True),
+            (4096, 128, True),
+            (200, 3, False),
+        ):
+            scale = random_bytes(rows, groups)
+            expected = layout.swizzle_scale(scale, shuffle=shuffle)
+            room = torch.full_like(expected, 0xA5)
+            room[: scale.numel()] = scale.view(-1)
+            room = room.cuda()
+            layout.swizzle_scale_(room, rows, groups, shuffle)
+            self.assertTrue(torch.equal(room.cpu(), expected))
+            layout.unswizzle_scale_(room, rows, groups, shuffle)
+            restored = room[: scale.numel()].view_as(scale)
+            self.assertTrue(torch.equal(restored.cpu(), scale))
 
 
 if __name__ == "__main__":

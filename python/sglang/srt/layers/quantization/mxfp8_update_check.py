@@ -140,13 +140,13 @@ class _Probe(torch.Tensor):
     @classmethod
     def of(cls, tensor: torch.Tensor, names: Set[str], taken: Set[str]) -> "_Probe":
         probe = torch.Tensor._make_subclass(cls, tensor)
-        probe.names, probe.taken = names, taken
+        probe.origins, probe.taken = names, taken
         return probe
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         probes = [p for p in tree_leaves((args, kwargs)) if isinstance(p, cls)]
-        names = set().union(*(p.names for p in probes))
+        names = set().union(*(p.origins for p in probes))
         if function is torch.Tensor.item:
             probes[0].taken.update(names)
             return 0.0

@@ -21,15 +21,14 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     dequantized_end,
     dequantized_weight,
     kernel_scale,
-    shuffle_rows,
     shuffle_rows_,
-    swizzle_scale,
+    swizzle_scale_,
     swizzled_scale_numel,
     unshuffle_rows,
     unshuffle_rows_,
     unswizzle_scale,
+    unswizzle_scale_,
 )
-from sglang.srt.layers.utils import copy_or_rebind_param
 
 WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
@@ -123,10 +122,9 @@ class Mxfp8LinearWeights:
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
                 shuffled = self.backend.is_flashinfer_trtllm()
-                swizzled = swizzle_scale(shuffle_rows(scale) if shuffled else scale)
+                swizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
                 if shuffled:
                     shuffle_rows_(weight)
-                kernel_scale(scale).copy_(swizzled)
             elif self.backend.is_bf16():
                 dequantized_weight(weight).copy_(dequantize(weight, scale))
             self.in_kernel_form = True
@@ -136,11 +134,12 @@ class Mxfp8LinearWeights:
         with _form_lock:
             if not self.in_kernel_form:
                 return
+            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
-                scale = self._checkpoint_scale()
-                if self.backend.is_flashinfer_trtllm():
-                    unshuffle_rows_(self.layer.weight.data)
-                copy_or_rebind_param(self.layer, SCALE, scale)
+                shuffled = self.backend.is_flashinfer_trtllm()
+                unswizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
+                if shuffled:
+                    unshuffle_rows_(weight)
             self.in_kernel_form = False
 
     def dequantized(self) -> torch.Tensor:
@@ -151,8 +150,10 @@ class Mxfp8LinearWeights:
         with _form_lock:
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.in_kernel_form and self.backend.is_flashinfer():
-                scale = self._checkpoint_scale()
-                if self.backend.is_flashinfer_trtllm():
+                shuffled = self.backend.is_flashinfer_trtllm()
+                swizzled = kernel_scale(scale)
+                scale = unswizzle_scale(swizzled, *scale.shape, shuffle=shuffled)
+                if shuffled:
                     weight = unshuffle_rows(weight)
             return dequantize(weight, scale).to(torch.bfloat16)
 
@@ -176,14 +177,6 @@ class Mxfp8LinearWeights:
                     "so it cannot be prepared or updated. Load formats layered and "
                     "flash_rl do so; use --load-format auto."
                 )
-
-    def _checkpoint_scale(self) -> torch.Tensor:
-        """A copy of the scale's checkpoint bytes, [N, K/32], from kernel form."""
-        scale = self.layer.weight_scale_inv.data
-        plain = unswizzle_scale(kernel_scale(scale), *scale.shape)
-        if self.backend.is_flashinfer_trtllm():
-            plain = unshuffle_rows(plain.contiguous())
-        return plain.clone(memory_format=torch.contiguous_format)
 
     def exceeds_its_parameters(self) -> bool:
         """Whether the kernel form needs bytes beyond the registered parameters."""
