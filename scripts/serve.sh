@@ -67,24 +67,6 @@ port_answers() {
     (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null
 }
 
-get_default_model() {
-    local models="$ROOT/.cache/models"
-    model="$models/SmolLM2-135M-Instruct-MXFP8"
-    [[ ! -f $model/config.json ]] || return 0
-    mkdir -p "$models"
-    (
-        flock 9
-        [[ ! -f $model/config.json ]] || exit 0
-        # Bars that cannot overwrite themselves stay short.
-        [[ -t 2 ]] || export TQDM_MININTERVAL=10
-        # What a killed run left behind.
-        rm -rf "$models"/.*.partial-*
-        UV="$UV" "$VENV/bin/python" "$ROOT/scripts/fetch_model.py"
-        "$VENV/bin/python" -W ignore "$ROOT/scripts/convert_to_mxfp8.py" \
-            "$models/SmolLM2-135M-Instruct" "$model"
-    ) 9>"$models/.lock" >&2
-}
-
 start_server() {
     local device=()
     if cuda_device_visible; then
@@ -170,6 +152,7 @@ main() {
     setup
     if [[ -z $model ]]; then
         get_default_model
+        model=$DEFAULT_MODEL
         # Everything is on disk: keep transformers from asking its hub.
         export HF_HUB_OFFLINE=1
     fi

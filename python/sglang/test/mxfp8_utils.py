@@ -11,12 +11,18 @@ import requests
 import torch
 from safetensors.torch import save_file
 
+from sglang.srt.configs.device_config import DeviceConfig
+from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
+from sglang.srt.model_loader.loader import get_model_loader
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.test.test_utils import (
     DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
     popen_launch_server,
@@ -25,16 +31,23 @@ from sglang.test.test_utils import (
 
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
+    init_parallel_state(rank=0, size=1, port=0)
+
+
+def init_parallel_state(rank: int, size: int, port: int) -> None:
+    """Real process groups (gloo) for tensor parallelism over `size` processes."""
     if parallel_state.model_parallel_is_initialized():
         return
     parallel_state.init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
+        world_size=size,
+        rank=rank,
+        local_rank=rank,
         backend="gloo",
-        distributed_init_method="tcp://127.0.0.1:0",
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
     )
-    parallel_state.initialize_model_parallel(backend="gloo")
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size, backend="gloo"
+    )
 
 
 @contextlib.contextmanager
@@ -99,9 +112,9 @@ TINY_LLAMA = dict(
 )
 
 
-def tiny_llama_tensors(seed: int = 0) -> Dict[str, torch.Tensor]:
-    """Random MXFP8 checkpoint tensors of a model with config TINY_LLAMA."""
-    c, generator = TINY_LLAMA, torch.Generator().manual_seed(seed)
+def tiny_llama_tensors(seed: int = 0, **changes) -> Dict[str, torch.Tensor]:
+    """Random MXFP8 checkpoint tensors of a model with config TINY_LLAMA and `changes`."""
+    c, generator = {**TINY_LLAMA, **changes}, torch.Generator().manual_seed(seed)
     hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["head_dim"]
     linears = {
         "self_attn.q_proj": (hidden, hidden),
@@ -131,13 +144,25 @@ def tiny_llama_tensors(seed: int = 0) -> Dict[str, torch.Tensor]:
     return tensors
 
 
-def write_checkpoint(directory: str, tensors: Dict[str, torch.Tensor]) -> str:
-    """Write `tensors` as a checkpoint with config TINY_LLAMA, without a tokenizer."""
+def write_checkpoint(
+    directory: str, tensors: Dict[str, torch.Tensor], **changes
+) -> str:
+    """Write a checkpoint with config TINY_LLAMA and `changes`, without a tokenizer."""
     os.makedirs(directory, exist_ok=True)
     save_file(tensors, os.path.join(directory, "model.safetensors"))
     with open(os.path.join(directory, "config.json"), "w") as file:
-        json.dump(TINY_LLAMA, file)
+        json.dump({**TINY_LLAMA, **changes}, file)
     return directory
+
+
+def load_on_cpu(path: str, **load_config) -> torch.nn.Module:
+    """Load a model in this process as a CPU server's runner does; `load_config` is
+    LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated."""
+    args = ServerArgs(model_path=path, device="cpu", skip_tokenizer_init=True)
+    set_global_server_args_for_scheduler(args)
+    config = ModelConfig.from_server_args(args)
+    loader = get_model_loader(LoadConfig(**load_config), config)
+    return load_mxfp8_model(loader, config, DeviceConfig("cpu"))
 
 
 def fused_parameters(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

@@ -144,7 +144,8 @@ def _scale_slabs(
     """The pieces of a scale that move among themselves: plain [rows, groups], and 1-D."""
     _check_scale(room, rows, groups, 128, shuffle)
     padded_groups = align(groups, SCALE_GROUP_TILE)
-    step = max(1, MAX_TEMPORARY_BYTES // (128 * padded_groups)) * 128
+    # Two copies live at a time: the last slab's is freed when the next one is made.
+    step = max(1, MAX_TEMPORARY_BYTES // (2 * 128 * padded_groups)) * 128
     for start in range(0, rows, step):
         end = min(start + step, rows)
         yield (

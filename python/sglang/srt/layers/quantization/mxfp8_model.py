@@ -22,6 +22,7 @@ from sglang.srt.layers.quantization.mxfp8_weights import (
     Mxfp8LinearWeights,
     deferred_processing,
 )
+from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.utils import log_info_on_rank0
 
 logger = logging.getLogger(__name__)
@@ -159,10 +160,11 @@ def load_mxfp8_tensors_directly(
         if id(param) in owners:
             short = name.rpartition(".")[2]
             tensor = owners[id(param)].as_bytes_of(param, short, tensor)
-        writes.append((param, tensor))
+        writes.append((name, tensor.to(param.device, param.dtype)))
     with mxfp8_checkpoint_form(model):
-        for param, tensor in writes:
-            param.data.copy_(tensor)
+        for name, tensor in writes:
+            module, _, short = name.rpartition(".")
+            copy_or_rebind_param(model.get_submodule(module), short, tensor)
 
 
 def _managed(
