@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from overlay.marks import decorate, prepend, splice
 
 from sglang.srt.layers.quantization.mxfp8_model import (
+    as_mxfp8_raw_loader,
     check_mxfp8_disk_update,
     has_mxfp8_layers,
     in_mxfp8_checkpoint_form,
@@ -76,7 +77,7 @@ class ModelRunner:
 
     @splice
     def update_weights_from_tensor(self):
-        custom_loader = in_mxfp8_checkpoint_form(dynamic_import(load_format))
+        custom_loader = as_mxfp8_raw_loader(dynamic_import(load_format))
 
     @decorate
     @in_mxfp8_checkpoint_form

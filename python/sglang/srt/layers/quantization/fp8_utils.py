@@ -283,7 +283,7 @@ def flashinfer_mxfp8_quantize(
     from flashinfer import SfLayout, mxfp8_quantize
 
     layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    return mxfp8_quantize(input, sf_swizzle_layout=layout)
+    return mxfp8_quantize(input.contiguous(), sf_swizzle_layout=layout)
 
 
 def _fake_mm_mxfp8(

@@ -82,7 +82,7 @@ def check_mxfp8_disk_update(
             return None
         source = DefaultModelLoader.Source.init_new(model_config, model)
         _, files, use_safetensors = loader._prepare_weights(
-            model_path, None, source.fall_back_to_pt
+            model_path, source.revision, source.fall_back_to_pt
         )
         if use_safetensors:
             model.mxfp8_update_check.safetensors(files, name_filter)
@@ -135,6 +135,17 @@ def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
     return run
 
 
+def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
+    """A --custom-weight-loader that may write parameters past their loaders."""
+
+    @in_mxfp8_checkpoint_form
+    def load(model: torch.nn.Module, named_tensors) -> None:
+        custom_loader(model, named_tensors)
+        _refresh_derived_weights(model)
+
+    return load
+
+
 def load_mxfp8_tensors_directly(
     model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
 ) -> None:
@@ -165,6 +176,13 @@ def load_mxfp8_tensors_directly(
         for name, tensor in writes:
             module, _, short = name.rpartition(".")
             copy_or_rebind_param(model.get_submodule(module), short, tensor)
+        _refresh_derived_weights(model)
+
+
+def _refresh_derived_weights(model: torch.nn.Module) -> None:
+    """MLA models keep weights made from kv_b_proj's; their load_weights remakes them."""
+    if has_mxfp8_layers(model) and hasattr(model, "post_load_weights"):
+        model.post_load_weights()
 
 
 def _managed(
