@@ -91,7 +91,7 @@ def fetch(version: str, config: Config, cache: Path) -> Wheel:
     if not found:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
         pip += ["--only-binary=:all:", "--dest", str(cache), f"sglang=={version}"]
-        if subprocess.run(pip, stdout=sys.stderr).returncode:
+        if subprocess.run(pip, stdout=2).returncode:  # stdout is for the patch
             raise ReleaseError(f"sglang {version} could not be fetched")
         found = sorted(cache.glob(f"sglang-{version}-*.whl"))
     wheel = found[0]

@@ -64,6 +64,8 @@ def test_interrupting_stops_the_server(name, port):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Background jobs start with SIGINT ignored, and bash cannot undo that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         for line in process.stderr:
