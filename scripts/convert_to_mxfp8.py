@@ -173,7 +173,7 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="largest output file, e.g. 500MB (default: %(default)s)",
     )
     parser.add_argument(
-        "--device", default="cpu", help="where to quantize: cpu or cuda (default: cpu)"
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where to quantize"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing output directory"

@@ -19,9 +19,10 @@ ensure_uv() {
 
 # Makes `.venv`, with Python 3.11 or 3.12.
 ensure_venv() {
-    if [ ! -x "$ROOT/.venv/bin/python" ]; then
+    local check='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+    if ! "$ROOT/.venv/bin/python" -c "$check" 2>/dev/null; then
         ensure_uv
-        "$UV" venv --python '>=3.11,<3.13' "$ROOT/.venv" >&2
+        "$UV" venv --clear --no-python-downloads --python '>=3.11,<3.13' "$ROOT/.venv" >&2
     fi
 }
 

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(f"{len(plan.errors)} errors; nothing is written", file=sys.stderr)
             return 1
         if plan.is_applied:
-            print(f"{tree.label}: already applied; nothing to do")
+            print(f"{tree.label}: already applied; nothing to do", file=sys.stderr)
         else:
             options.run(plan, tree, config, options, root)
         return 0
@@ -75,7 +75,9 @@ def _report(plan: Plan, tree) -> None:
         kind = " (new)" if change.old is None else ""
         print(f"{added:+6d} {-removed:+6d}  {change.path}{kind}", file=sys.stderr)
     for path in plan.skipped:
-        print(f"      skipped  {path}: {tree.label} has no such file", file=sys.stderr)
+        print(
+            f"      skipped  {path}: no such file, or no place in it", file=sys.stderr
+        )
     for error in plan.errors:
         print(f"error: {error}", file=sys.stderr)
 

@@ -30,7 +30,7 @@ def patch(changes: list[Change], root: Path, config: Config) -> bytes:
 def message(changes: list[Change], root: Path, config: Config) -> str:
     """Subject and PR body: the reasons in the ledgers, file by file."""
     parts = [config.commit["subject"], config.commit["body"].strip()]
-    for change in changes:
+    for change in sorted(changes, key=_rank):
         overlay = root / change.path
         text = (
             overlay.read_text() if overlay.suffix == ".py" and overlay.exists() else ""
@@ -38,11 +38,25 @@ def message(changes: list[Change], root: Path, config: Config) -> str:
         book = ledger.parse(text)
         lines = [change.path + (" (new)" if change.old is None else "")]
         lines += _wrap(book.prose.partition("\n\n")[0], "  ")
+        edits = [edit for edit in config.edits if edit["file"] == change.path]
+        for why in dict.fromkeys(edit.get("why", "") for edit in edits):
+            lines += _wrap(why, "- ")
         for entry in book.entries:
             thread = f" ({entry.thread})" if entry.thread else ""
             lines += _wrap(f"{', '.join(entry.symbols)}: {entry.why}{thread}", "- ")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _rank(change: Change) -> tuple:
+    """Edited files, new modules, tests, benchmarks."""
+    outside = not change.path.startswith("python/sglang/srt/")
+    return (
+        change.path.startswith("benchmark/"),
+        outside,
+        change.old is None,
+        change.path,
+    )
 
 
 def _wrap(text: str, bullet: str) -> list[str]:

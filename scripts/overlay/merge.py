@@ -8,7 +8,8 @@ then the body of each class that both sides have):
   unless the overlay brings its own. A class that both have is merged member by member; where the
   overlay repeats its bases or decorators, they must be upstream's.
 - One that upstream lacks goes after the definition before it in the overlay, or before
-  the next one that upstream has, or to the end. A new class-level assignment goes after
+  the next one that upstream has, or to the end, but not
+  behind `if __name__ == "__main__"`. A new class-level assignment goes after
   the assignments that open the class.
 - Decorators from marks.py edit a function or class that upstream has (statements.py).
 - `NAME += [...]` adds to upstream's list what it lacks.
@@ -35,6 +36,7 @@ _PURPOSE = {
     "splice": "splice into",
     "+=": "add to",
 }
+_MAIN = "if __name__ == '__main__'"
 
 
 @dataclass
@@ -175,7 +177,8 @@ class _Scope:
         for name in after:
             if found := self.find(name):
                 return found[0][0]
-        return len(self.body)
+        main = bool(self.body) and statements.head(self.body[-1]) == _MAIN
+        return len(self.body) - main
 
     def _merge_class(self, old: cst.ClassDef, new: cst.ClassDef) -> cst.ClassDef:
         for theirs, ours in zip(_class_header(old), _class_header(new)):

@@ -49,8 +49,7 @@ def overlay_files(root: Path) -> list[str]:
     return sorted(
         file.relative_to(root).as_posix()
         for directory in OVERLAY
-        for file in (root / directory).rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        for file in (root / directory).rglob("*.py")
     )
 
 
@@ -93,9 +92,7 @@ def make_plan(root: Path, tree, config: Config, only: str = "") -> Plan:
 def _merged(root: Path, path: str, old: bytes | None, tree, release: str):
     """One overlay file's result, None if this tree leaves it out, and what is absent."""
     content = (root / path).read_bytes()
-    if old == content or not path.endswith(".py"):
-        if old not in (None, content):
-            raise ReleaseError(f"{release} has another file of this name")
+    if old == content:
         return content, []
     is_edit = bool(ledger.parse(content.decode()).entries)
     if old is None and not is_edit:
@@ -121,7 +118,12 @@ def _edited(edit: dict):
             return None, []
         if old is None:
             raise ReleaseError(f"{release} has no such file")
-        text = substitute(edit["find"], edit["replace"], old.decode(), release)
+        try:
+            text = substitute(edit["find"], edit["replace"], old.decode(), release)
+        except ReleaseError:
+            if path.startswith("docs/"):
+                return None, []
+            raise
         return text.encode(), []
 
     return step

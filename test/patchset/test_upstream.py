@@ -36,7 +36,6 @@ UPSTREAM_TREE = {  # of the shape of upstream's files, which the wheel lacks
     "| Backend | Hardware | Description |\n| --- | --- | --- |\n"
     "| `flashinfer_trtllm` | SM100 | |\n",
 }
-TEST_OVERLAY = '"""\nTestMXFP8\n    why: covers MXFP8\n"""\n\nimport unittest\n\n\nclass TestMXFP8(unittest.TestCase):\n    pass\n'
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +110,19 @@ def test_checkout_with_upstreams_own_test_and_pages(checkout, tmp_path):
     project.mkdir()
     shutil.copy(ROOT / "upstream.toml", project)
     shutil.copytree(ROOT / "python", project / "python")
-    own = ROOT / GEMM_TEST
-    write(project, {GEMM_TEST: own.read_text() if own.exists() else TEST_OVERLAY})
+    write(project, {GEMM_TEST: (ROOT / GEMM_TEST).read_text()})
     patch = tmp_path / "tree.patch"
     assert main(["diff", "--tree", str(checkout), "--output", str(patch)], project) == 0
     git(checkout, "am", str(patch))
     read = lambda path: (checkout / path).read_text()
-    assert "class TestBlockFP8" in read(GEMM_TEST) and "class TestMXFP8" in read(
-        GEMM_TEST
-    )
+    names = re.findall(r"^(?:class (\w+)|if __name__)", read(GEMM_TEST), re.MULTILINE)
+    assert names == [
+        "TestBlockFP8",
+        "MXFP8GemmBase",
+        "TestMXFP8GemmFlashinferTrtllm",
+        "TestMXFP8GemmFlashinferCutlass",
+        "",
+    ]
     for name, version in CONFIG.requires.items():
         assert f'"{name}=={version}"' in read("python/pyproject.toml")
     rows = read("docs/advanced_features/server_arguments.md").splitlines()

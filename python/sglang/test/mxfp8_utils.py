@@ -16,6 +16,7 @@ from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
+from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
@@ -157,10 +158,12 @@ def write_checkpoint(
 
 def load_on_cpu(path: str, **load_config) -> torch.nn.Module:
     """Load a model in this process as a CPU server's runner does; `load_config` is
-    LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated."""
+    LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
+    """
     args = ServerArgs(model_path=path, device="cpu", skip_tokenizer_init=True)
     set_global_server_args_for_scheduler(args)
     config = ModelConfig.from_server_args(args)
+    initialize_dp_attention(args, config)
     loader = get_model_loader(LoadConfig(**load_config), config)
     return load_mxfp8_model(loader, config, DeviceConfig("cpu"))
 

@@ -15,7 +15,7 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization import fp8_utils, mxfp8_weights
 from sglang.srt.layers.quantization.fp8_utils import (
     Mxfp8LinearBackend,
     resolve_mxfp8_linear_backend,
@@ -405,11 +405,11 @@ class TestLoading(MXFP8TestCase):
         return load_mxfp8_model(loader, None, None)
 
     def test_a_layer_without_scales_stops_the_load_by_name(self):
-        full, bare = build(256, 512), build(256, 512, prefix="m.layers.7.down_proj")
+        full, bare = build(256, 512), build(256, 512)
         _, weight, scale = random_mxfp8(256, 512)
         bare.weight.weight_loader(bare.weight, weight)
         with self.assertRaisesRegex(
-            ValueError, "m.layers.7.down_proj.weight_scale_inv"
+            ValueError, "1 MXFP8 tensors: layers.1.weight_scale_inv"
         ):
             self.load_model(full, bare, tensors=[(0, weight, scale)])
 
@@ -441,18 +441,32 @@ class TestLoading(MXFP8TestCase):
         torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
 
     def test_the_log_says_what_runs_where_and_why(self):
+        mlp = torch.nn.Module()
+        mlp.down_proj, mlp.tiny = build(576, 1536), build(40, 576)
         with self.assertLogs("sglang", "INFO") as logs:
-            self.load_model(
-                build(576, 1536, prefix="m.down_proj"),
-                build(960, 576, prefix="m.qkv_proj"),
-                build(40, 576, prefix="m.tiny"),
-            )
+            self.load_model(mlp, build(960, 576))
         text = "\n".join(logs.output)
         self.assertIn(
             "1 linear layers on flashinfer_trtllm (down_proj [576, 1536])", text
         )
-        self.assertRegex(text, "flashinfer_cutlass .qkv_proj .*: K = 576 is not")
+        self.assertRegex(text, r"flashinfer_cutlass \(1 \[960, 576\]\): K = 576 is not")
         self.assertRegex(text, "bf16 .tiny .*smaller than 128")
+        self.assertIn("emulated in torch", text)
+
+    def test_a_layer_left_half_rearranged_is_never_used(self):
+        layers = build(256, 512), build(256, 512)
+        tensors = [(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
+        model = self.load_model(*layers, tensors=tensors)
+        x = torch.randn(3, 512).bfloat16()
+        before = layers[1](x)[0]
+        with mock.patch.object(
+            mxfp8_weights, "shuffle_rows_", side_effect=[MemoryError, mock.DEFAULT]
+        ):
+            with self.assertRaises(MemoryError):
+                model.load_weights([tensors[0]])
+        with self.assertRaisesRegex(RuntimeError, "layers.0 .*half rearranged"):
+            layers[0](x)
+        self.assertTrue(torch.equal(layers[1](x)[0], before))
 
 
 if __name__ == "__main__":

@@ -262,10 +262,11 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                 self.assert_refused(result, message)
         norm = {**good, "model.norm.weight": torch.ones(7).bfloat16()}
         self.assert_refused(self.update_from_tensor(norm), "7|size|shape|refused|.+")
-        self.assert_refused(
-            self.update_from_tensor({"model.no_such.weight": good[weight]}),
-            "takes none of these tensors: model.no_such.weight",
+        # A trainer may send what another stage or a draft model takes.
+        self.assertTrue(
+            self.update_from_tensor({"model.no_such.weight": good[weight]})["success"]
         )
+        self.assert_serves("a")
         fused = fused_parameters(good)
         for message, change in {
             "has no parameter nothing": {"nothing": good[weight]},

@@ -5,7 +5,7 @@ ModelRunner.load_model
     until: upstream has restore_weights_before_loading
 
 ModelRunner.update_weights_from_disk, ModelRunner._roll_back_to
-    why: a checkpoint is checked before a byte is written, and a failed update rolls back to the weights that were served, not to the new path
+    why: a checkpoint is checked before a byte is written, and a failed update rolls back to the checkpoint last served from disk, not to the new path
     until: upstream checks updates
 
 ModelRunner.update_weights_from_distributed, ModelRunner._update_bucketed_weights_from_distributed

@@ -97,10 +97,12 @@ def mxfp8_group_quantize(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         x: bf16, fp16 or fp32 [M, K], K % 32 == 0.
 
     Returns e4m3 [M, K] and E8M0 uint8 [M, K/32], both contiguous. Uses triton_kernels
-    where it is installed, and plain torch otherwise.
+    for a CUDA tensor where it is installed, and plain torch otherwise.
     """
     assert x.dim() == 2, f"Expected 2D input, got {x.dim()}D"
     assert x.shape[1] % GROUP_SIZE == 0, f"K={x.shape[1]} must be divisible by 32"
+    if not x.is_cuda:
+        return mxfp8_emulation.quantize(x)
     try:
         from triton_kernels.numerics_details.mxfp import downcast_to_mxfp
     except ImportError:
@@ -185,6 +187,8 @@ def _trtllm_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
 
 
 def _cutlass_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} activations cannot be quantized"
     if n < 128 or k < 128:
         return f"[{n}, {k}] is smaller than 128 x 128"
     if n % 32 != 0:

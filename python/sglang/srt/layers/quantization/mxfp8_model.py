@@ -15,6 +15,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Tuple
 import torch
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.layers.quantization.fp8_utils import mxfp8_kernels_available
 from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck, UpdateRefused
 from sglang.srt.layers.quantization.mxfp8_weights import (
     SCALE,
@@ -23,6 +24,7 @@ from sglang.srt.layers.quantization.mxfp8_weights import (
     deferred_processing,
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
+from sglang.srt.model_loader.utils import post_load_weights
 from sglang.srt.utils import log_info_on_rank0
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         model = loader.load_model(
             model_config=model_config, device_config=device_config
         )
-    layers = mxfp8_layers(model)
+    layers = name_mxfp8_layers(model)
     if not layers:
         return model
     _refuse_unsupported(loader, layers)
@@ -54,6 +56,7 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         weights.fixed_shapes = True
         weights.to_kernel_form()
     _log_backends(layers)
+    model.mxfp8_post_load = functools.partial(post_load_weights, model, model_config)
     model.mxfp8_update_check = UpdateCheck(
         layers, _meta_model_builder(loader, model_config)
     )
@@ -72,14 +75,23 @@ def check_mxfp8_disk_update(
 
     Reads the headers of safetensors files; other formats are left to their loader.
     """
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+    from sglang.srt.model_loader.loader import (
+        DefaultModelLoader,
+        QuantizedRLModelLoader,
+        get_model_loader,
+    )
 
     if not has_mxfp8_layers(model):
         return None
     try:
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
-        if not isinstance(loader, DefaultModelLoader):
-            return None
+        # flash_rl would replace the parameters and model.load_weights for good.
+        if isinstance(loader, QuantizedRLModelLoader) or not isinstance(
+            loader, DefaultModelLoader
+        ):
+            raise UpdateRefused(
+                f"load format {load_format} cannot update a served MXFP8 model; use auto"
+            )
         source = DefaultModelLoader.Source.init_new(model_config, model)
         _, files, use_safetensors = loader._prepare_weights(
             model_path, source.revision, source.fall_back_to_pt
@@ -102,6 +114,14 @@ def has_mxfp8_layers(model: torch.nn.Module) -> bool:
     return any(hasattr(module, "mxfp8_weights") for module in model.modules())
 
 
+def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+    """The model's MXFP8 layers, each named by its path: prefixes may be missing."""
+    for path, module in model.named_modules():
+        if hasattr(module, "mxfp8_weights"):
+            module.mxfp8_weights.name = path
+    return mxfp8_layers(model)
+
+
 def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
     return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
 
@@ -113,14 +133,14 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
     For code that reads or writes parameters past their loaders. Ends in kernel form.
     """
     layers = mxfp8_layers(model)
+    _wait_for_kernels(layers)
     try:
         with deferred_processing():
             for weights in layers:
                 weights.to_checkpoint_form()
             yield
     finally:
-        for weights in layers:
-            weights.to_kernel_form()
+        _all_to_kernel_form(layers)
 
 
 def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
@@ -181,8 +201,8 @@ def load_mxfp8_tensors_directly(
 
 def _refresh_derived_weights(model: torch.nn.Module) -> None:
     """MLA models keep weights made from kv_b_proj's; their load_weights remakes them."""
-    if has_mxfp8_layers(model) and hasattr(model, "post_load_weights"):
-        model.post_load_weights()
+    if hasattr(model, "mxfp8_post_load"):
+        model.mxfp8_post_load()
 
 
 def _managed(
@@ -193,13 +213,32 @@ def _managed(
         if not inspect.isgenerator(weights):
             weights = list(weights)
             check.tensors(weights)
+        _wait_for_kernels(layers)
         try:
             return load_weights(weights, *args, **kwargs)
         finally:
-            for layer_weights in layers:
-                layer_weights.to_kernel_form()
+            _all_to_kernel_form(layers)
 
     return load_checked_weights
+
+
+def _wait_for_kernels(layers: List[Mxfp8LinearWeights]) -> None:
+    """A forward pass on another stream may still read what is about to move."""
+    if layers and layers[0].layer.weight.is_cuda:
+        torch.cuda.synchronize(layers[0].layer.weight.device)
+
+
+def _all_to_kernel_form(layers: List[Mxfp8LinearWeights]) -> None:
+    """Every layer that can be; then the first error, if any."""
+    errors = []
+    for weights in layers:
+        try:
+            weights.to_kernel_form()
+        except Exception as error:
+            errors.append(error)
+    _wait_for_kernels(layers)
+    if errors:
+        raise errors[0]
 
 
 def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
@@ -269,6 +308,11 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
 
 
 def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
+    if layers[0].backend.is_flashinfer() and not mxfp8_kernels_available():
+        logger.warning(
+            "FlashInfer's MXFP8 kernels cannot run here: they are emulated in torch "
+            "(SGLANG_MXFP8_EMULATION=1), slowly."
+        )
     groups: Dict[tuple, List[Mxfp8LinearWeights]] = {}
     for weights in layers:
         groups.setdefault((weights.backend, weights.reason), []).append(weights)

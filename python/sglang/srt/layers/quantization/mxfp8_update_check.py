@@ -91,8 +91,8 @@ class UpdateCheck:
 
     def _load(self, named_tensors: NamedTensors) -> List[Mxfp8LinearWeights]:
         """Load meta tensors into the meta model; its layers that were written."""
-        if self._model is None:
-            self._model = self._make_model()
+        if self._model is None and not self._make_model():
+            return []
         layers = _layers_of(self._model)
         for weights in layers:
             weights.loaded.clear()
@@ -105,33 +105,32 @@ class UpdateCheck:
                 logger.warning("This weight update cannot be checked first: %s", error)
                 return []
             raise UpdateRefused(str(error) or repr(error)) from error
-        self._report_untaken([name for name, _ in probes if name not in taken], taken)
+        untaken = [name for name, _ in probes if name not in taken]
+        if untaken:
+            logger.warning(
+                "The model takes nothing of %d tensors in this weight update: %s",
+                len(untaken),
+                ", ".join(untaken[:8]),
+            )
         return [weights for weights in layers if weights.loaded]
 
-    def _make_model(self) -> torch.nn.Module:
-        model = self._build()
-        for weights in _layers_of(model):
-            weights.shapes = {
-                n: dict(s) for n, s in self._layers[weights.name].shapes.items()
-            }
-            weights.fixed_shapes = True
+    def _make_model(self) -> bool:
+        try:
+            model = self._build()
+        except Exception as error:
+            logger.warning("Weight updates cannot be checked first: %s", error)
+            return False
+        for path, module in model.named_modules():
+            if hasattr(module, "mxfp8_weights"):
+                weights, loaded = module.mxfp8_weights, self._layers[path].shapes
+                weights.name = path
+                weights.shapes = {name: dict(s) for name, s in loaded.items()}
+                weights.fixed_shapes = True
         # It computes with the weights, which the meta device has not.
         if hasattr(model, "post_load_weights"):
             model.post_load_weights = lambda *args, **kwargs: None
-        return model
-
-    @staticmethod
-    def _report_untaken(names: List[str], taken: Set[str]) -> None:
-        if not names:
-            return
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        if not taken:
-            raise UpdateRefused(f"the model takes none of these tensors: {shown}")
-        logger.warning(
-            "The model takes no tensor of %d names in this weight update: %s",
-            len(names),
-            shown,
-        )
+        self._model = model
+        return True
 
 
 class _Probe(torch.Tensor):

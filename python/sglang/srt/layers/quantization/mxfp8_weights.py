@@ -10,7 +10,7 @@ identity, class, shape and address in both forms.
 
 import threading
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 
@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization.fp8_utils import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8_layout import (
     GROUP_SIZE,
+    MAX_TEMPORARY_BYTES,
     dequantized_end,
     dequantized_weight,
     kernel_scale,
@@ -78,14 +79,12 @@ class Mxfp8LinearWeights:
         self.reason = reason
         self.quantize_on_load = quantize_on_load
         self.in_kernel_form = False
+        self.broken_by: Optional[Exception] = None
+        self.name = getattr(layer, "prefix", "") or type(layer).__name__
         self.shapes: Dict[str, Dict[Any, torch.Size]] = {WEIGHT: {}, SCALE: {}}
         self.loaded: Set[Tuple[str, Any]] = set()
         self.fixed_shapes = False
         self._make_room()
-
-    @property
-    def name(self) -> str:
-        return getattr(self.layer, "prefix", "") or type(self.layer).__name__
 
     def load(self, loader: Callable, param, loaded: torch.Tensor, *shard_id) -> None:
         """Write one loaded tensor (or a shard of it) through upstream's `loader`.
@@ -120,13 +119,16 @@ class Mxfp8LinearWeights:
                 return
             self._require_room()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
-            if self.backend.is_flashinfer():
-                shuffled = self.backend.is_flashinfer_trtllm()
-                swizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
-                if shuffled:
-                    shuffle_rows_(weight)
-            elif self.backend.is_bf16():
-                dequantized_weight(weight).copy_(dequantize(weight, scale))
+            with self._moving():
+                if self.backend.is_flashinfer():
+                    shuffled = self.backend.is_flashinfer_trtllm()
+                    swizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
+                    if shuffled:
+                        shuffle_rows_(weight)
+                elif self.backend.is_bf16():
+                    copy = dequantized_weight(weight)
+                    for rows in _row_slabs(weight):
+                        copy[rows].copy_(dequantize(weight[rows], scale[rows]))
             self.in_kernel_form = True
 
     def to_checkpoint_form(self) -> None:
@@ -136,11 +138,31 @@ class Mxfp8LinearWeights:
                 return
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
-                shuffled = self.backend.is_flashinfer_trtllm()
-                unswizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
-                if shuffled:
-                    unshuffle_rows_(weight)
+                with self._moving():
+                    shuffled = self.backend.is_flashinfer_trtllm()
+                    unswizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
+                    if shuffled:
+                        unshuffle_rows_(weight)
             self.in_kernel_form = False
+
+    @contextmanager
+    def _moving(self):
+        """Bytes move within it: an exception leaves them in neither form, and from then
+        on every use of the layer raises RuntimeError."""
+        if self.broken_by is not None:
+            self._refuse()
+        try:
+            yield
+        except Exception as error:
+            self.broken_by = error
+            self.layer.w8a8_mxfp8_linear = self._refuse
+            raise
+
+    def _refuse(self, **_) -> None:
+        raise RuntimeError(
+            f"{self.name} ({self.backend.value}): its weight was left half rearranged. "
+            "Restart the server."
+        ) from self.broken_by
 
     def dequantized(self) -> torch.Tensor:
         """The weight as bf16 [N, K], in memory of its own, from either form.
@@ -249,4 +271,17 @@ class Mxfp8LinearWeights:
                 f"{self.name}.{WEIGHT}: --quantization mxfp8 quantizes bf16, fp16 or "
                 f"fp32 weights, got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
             )
-        return quantize(loaded)
+        values = torch.empty_like(loaded, dtype=torch.float8_e4m3fn)
+        scale = loaded.new_empty(
+            (loaded.shape[0], loaded.shape[1] // GROUP_SIZE), dtype=torch.uint8
+        )
+        for rows in _row_slabs(loaded):
+            values[rows], scale[rows] = quantize(loaded[rows])
+        return values, scale
+
+
+def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
+    """Rows of [N, K] in pieces whose arithmetic in fp32 stays within 64 MiB."""
+    step = max(1, MAX_TEMPORARY_BYTES // (32 * matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        yield slice(start, start + step)
