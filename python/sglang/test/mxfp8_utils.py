@@ -165,7 +165,11 @@ def load_on_cpu(path: str, **load_config) -> torch.nn.Module:
     config = ModelConfig.from_server_args(args)
     initialize_dp_attention(args, config)
     loader = get_model_loader(LoadConfig(**load_config), config)
-    return load_mxfp8_model(loader, config, DeviceConfig("cpu"))
+    dtype = torch.get_default_dtype()
+    try:
+        return load_mxfp8_model(loader, config, DeviceConfig("cpu"))
+    finally:
+        torch.set_default_dtype(dtype)  # upstream leaves its own when a load fails
 
 
 def fused_parameters(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:

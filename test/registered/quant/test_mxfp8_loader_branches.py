@@ -1,0 +1,239 @@
+"""MXFP8 weights on every branch of sglang's weight loaders, and over two real ranks."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import torch
+
+from sglang.srt.distributed import parallel_state
+from sglang.srt.layers import linear, parameter
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    fused_parameters,
+    init_parallel_state,
+    init_single_process_parallel_state,
+    load_on_cpu,
+    mxfp8_config,
+    random_mxfp8,
+    reference_linear,
+    tiny_llama_tensors,
+    write_checkpoint,
+)
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=60, suite="default")
+
+K = 512
+# Heads of 32 rows; one key-value head goes to both of two ranks.
+HEADS, KV_HEADS, HEAD = 8, 1, 32
+GATE_UP, QKV = [256, 128], [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
+RANKS = ((0, 1), (0, 2), (1, 2))  # (rank, of how many)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(as_bytes(a), as_bytes(b))
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.uint8)
+
+
+def build(cls, *sizes, tensor_parallel=None):
+    """A layer of this rank, with a scale full of a byte that no test loads."""
+    ranks = tensor_parallel and dict(zip(("tp_rank", "tp_size"), tensor_parallel))
+    layer = cls(
+        *sizes,
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=mxfp8_config(),
+        prefix="m.proj",
+        **(ranks or {}),
+    )
+    layer.weight_scale_inv.data.fill_(255)
+    return layer
+
+
+def load(layer, weight, scale, *shard_id):
+    """Load a checkpoint's tensors, the scale as float8_e8m0fnu."""
+    layer.weight.weight_loader(layer.weight, weight, *shard_id)
+    scale = scale.view(torch.float8_e8m0fnu)
+    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
+
+
+def shard_of(tensor: torch.Tensor, rank: int, size: int, dim: int = 0):
+    return as_bytes(tensor).chunk(size, dim)[rank]
+
+
+class TestE8M0ScalesOnEveryBranch(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        init_single_process_parallel_state()
+        cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
+
+    def branches(self, ranks=RANKS):
+        """Each rank, on the CPU's loaders and on the GPU's."""
+        for is_cpu in (True, False):
+            cpu = [mock.patch.object(m, "_is_cpu", is_cpu) for m in (linear, parameter)]
+            for rank in ranks:
+                with self.subTest(is_cpu=is_cpu, rank=rank), cpu[0], cpu[1]:
+                    yield rank
+
+    def assert_holds(self, layer, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self.assertTrue(same_bytes(layer.weight, weight))
+        self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
+        self.assertEqual(layer.mxfp8_weights.unwritten(), [])
+
+    def test_replicated(self):
+        _, weight, scale = random_mxfp8(256, K)
+        for _ in self.branches(ranks=RANKS[:1]):
+            layer = build(ReplicatedLinear, K, 256)
+            load(layer, weight, scale)
+            self.assert_holds(layer, weight, scale)
+
+    def test_column(self):
+        _, *tensors = random_mxfp8(256, K)
+        for rank in self.branches():
+            layer = build(ColumnParallelLinear, K, 256, tensor_parallel=rank)
+            load(layer, *tensors)
+            self.assert_holds(layer, *(shard_of(t, *rank) for t in tensors))
+
+    def test_row(self):
+        _, *tensors = random_mxfp8(256, K)
+        for rank in self.branches():
+            layer = build(RowParallelLinear, K, 256, tensor_parallel=rank)
+            load(layer, *tensors)
+            self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in tensors))
+
+    def merged(self):
+        """Parts of a merged layer, and what a rank holds of their weights and scales."""
+        parts = [random_mxfp8(n, K, seed)[1:] for seed, n in enumerate(GATE_UP)]
+        return parts, lambda rank: [
+            torch.cat([shard_of(t, *rank) for t in kind]) for kind in zip(*parts)
+        ]
+
+    def qkv(self):
+        parts = [random_mxfp8(n, K, seed)[1:] for seed, n in enumerate(QKV)]
+
+        def held(rank):
+            # Query heads are split, the one key-value head is replicated.
+            return [
+                torch.cat([shard_of(q, *rank), as_bytes(k), as_bytes(v)])
+                for q, k, v in zip(*parts)
+            ]
+
+        return parts, held
+
+    def assert_loads_fused(self, cls, sizes, shard_ids, parts, held):
+        whole = [torch.cat([as_bytes(t) for t in kind]) for kind in zip(*parts)]
+        for rank in self.branches():
+            layer = build(cls, *sizes, tensor_parallel=rank)
+            for shard_id, part in zip(shard_ids, parts):
+                load(layer, *part, shard_id)
+            self.assert_holds(layer, *held(rank))
+            layer = build(cls, *sizes, tensor_parallel=rank)
+            load(layer, *whole)
+            self.assert_holds(layer, *held(rank))
+
+    def test_merged_by_shard_and_fused_on_disk(self):
+        self.assert_loads_fused(
+            MergedColumnParallelLinear, (K, GATE_UP), (0, 1), *self.merged()
+        )
+
+    def test_qkv_by_shard_and_fused_on_disk(self):
+        sizes = (K, HEAD, HEADS, KV_HEADS)
+        self.assert_loads_fused(QKVParallelLinear, sizes, "qkv", *self.qkv())
+
+
+# Half of a down_proj of 576 columns is a multiple of 32, and not of 128.
+CHANGES = dict(intermediate_size=576)
+
+
+class TestTwoRanks(CustomTestCase):
+    def test_two_gloo_ranks_compute_and_update_together(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        with tempfile.TemporaryDirectory() as directory:
+            path = os.path.join(directory, "model")
+            write_checkpoint(path, tiny_llama_tensors(**CHANGES), **CHANGES)
+            ranks = [
+                subprocess.Popen(
+                    [sys.executable, __file__, "rank", str(rank), str(port), path],
+                    # A CPU host: torch's own NCCL is not to be found.
+                    env={**os.environ, "SGLANG_NCCL_SO_PATH": "none"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+                for rank in range(2)
+            ]
+            for rank in ranks:
+                self.addCleanup(rank.kill)
+            for rank in ranks:
+                output, _ = rank.communicate(timeout=120)
+                self.assertEqual(rank.returncode, 0, output)
+
+
+def run_rank(rank: int, port: int, path: str) -> None:
+    """One of two processes: load a model's shards, multiply, update, multiply again."""
+    parallel_state.set_custom_all_reduce(False)
+    init_parallel_state(rank, 2, port)
+    with fp8_gemm_backend("flashinfer_trtllm"):
+        model = load_on_cpu(path)
+        assert_computes(model, tiny_llama_tensors(**CHANGES))
+        update = tiny_llama_tensors(seed=1, **CHANGES)
+        model.load_weights(update.items())
+        assert_computes(model, update)
+        model.load_weights((n, t) for n, t in update.items() if "k_proj" in n)
+        assert_computes(model, update)
+    torch.distributed.destroy_process_group()
+
+
+def assert_computes(model: torch.nn.Module, tensors: dict) -> None:
+    """Each layer, over both ranks, gives what the whole weight gives."""
+    rank, whole = torch.distributed.get_rank(), fused_parameters(tensors)
+    torch.manual_seed(0)
+    for weights in mxfp8_layers(model):
+        layer, name = weights.layer, weights.name
+        weight, scale = (whole[f"{name}.{n}"] for n in ("weight", "weight_scale_inv"))
+        x = torch.randn(3, weight.shape[1]).bfloat16()
+        expected = reference_linear(x, weight, scale)
+        if isinstance(layer, RowParallelLinear):
+            output, _ = layer(x.chunk(2, 1)[rank].contiguous())
+        else:
+            output = gathered(layer, layer(x)[0])
+        error = (output.double() - expected).norm() / expected.norm()
+        assert error < 5e-3, f"{name}: {error}"
+
+
+def gathered(layer, output: torch.Tensor) -> torch.Tensor:
+    """The output of a fused column-parallel layer, from those of its two ranks."""
+    outputs = [torch.empty_like(output) for _ in range(2)]
+    torch.distributed.all_gather(outputs, output.contiguous())
+    by_part = zip(*(o.split(layer.output_partition_sizes, 1) for o in outputs))
+    if not isinstance(layer, QKVParallelLinear):
+        return torch.cat([torch.cat(part, 1) for part in by_part], 1)
+    q, k, v = by_part
+    for replicas in (k, v):
+        assert torch.equal(*replicas)
+    return torch.cat([*q, k[0], v[0]], 1)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["rank"]:
+        run_rank(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    else:
+        unittest.main()
