@@ -4,7 +4,7 @@ reads them from the source, and nothing here ever runs in a merged tree.
 - `@prepend`, `@append`: the body goes to the start (after the docstring) or the end of
   upstream's function.
 - `@splice`: each statement of the body takes the place of upstream's one statement with
-  the same head.
+  the same head. A call with `...` among its arguments replaces only those it names.
 - `@drop`: removes the function or class; with statements in its body, removes upstream's
   statements with these heads instead.
 - `@decorate`: the other decorators of the def are added to upstream's function.

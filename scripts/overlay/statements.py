@@ -148,14 +148,35 @@ def decorate(function: cst.FunctionDef, edit: cst.FunctionDef) -> cst.FunctionDe
 
 def splice(function, edit: cst.FunctionDef, within: tuple[str, ...]):
     """Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
-    the edit has `elif` or `else` of its own."""
+    the edit has `elif` or `else` of its own. A call with `...` among its arguments
+    replaces upstream's arguments of the same keywords; the others stay."""
     for new in without_docstring(statements(edit.body)):
         old = _find(function, head(new), within)
-        put = in_place_of(old, new)
+        put = in_place_of(old, _with_arguments_of(old, new))
         if isinstance(put, cst.If) and put.orelse is None:
             put = put.with_changes(orelse=old.orelse)
         function = function.deep_replace(old, put)
     return function
+
+
+def _with_arguments_of(old, new):
+    match new:
+        case cst.SimpleStatementLine(
+            body=[cst.Expr(value=cst.Call(args=args) as call)]
+        ):
+            if any(isinstance(a.value, cst.Ellipsis) for a in args):
+                own = {a.keyword.value: a.value for a in args if a.keyword}
+                merged = [
+                    (
+                        a.with_changes(value=own[a.keyword.value])
+                        if a.keyword and a.keyword.value in own
+                        else a
+                    )
+                    for a in old.body[0].value.args
+                ]
+                whole = old.body[0].value.with_changes(args=merged)
+                return new.deep_replace(call, whole)
+    return new
 
 
 def drop(function, edit: cst.FunctionDef, within: tuple[str, ...]):

@@ -277,6 +277,12 @@ def test_splice_keeps_the_comment_and_indentation():
     )
 
 
+def test_splice_of_a_call_keeps_the_arguments_that_it_does_not_name():
+    upstream = "def f(p):\n    p.add(\n        '--one', kind=1, help='a'\n    )\n"
+    text = edited("splice", "p.add('--one', ..., help='b')", upstream)
+    assert text == upstream.replace("'a'", "'b'")
+
+
 def test_decorate():
     text = edited("decorate\n@traced", "...")
     assert text.startswith("@traced\ndef f(")

@@ -254,7 +254,7 @@ def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
     config, load_config = copy.copy(model_config), loader.load_config
 
     def build() -> torch.nn.Module:
-        offloader = get_offloader()
+        offloader, dtype = get_offloader(), torch.get_default_dtype()
         set_offloader(NoopOffloader())
         try:
             with set_default_torch_dtype(config.dtype), torch.device("meta"):
@@ -262,6 +262,8 @@ def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
                 return _initialize_model(config, load_config, quant_config)
         finally:
             set_offloader(offloader)
+            # Upstream's context leaves its own behind an exception.
+            torch.set_default_dtype(dtype)
 
     return build
 
