@@ -265,7 +265,7 @@ class TestReaders(CustomTestCase):
         x = torch.randn(5, RANK).bfloat16()
         x_read = dequantize(*quantize(x)).double()
         output = attn.kv_b_proj(x)[0].double().view(5, HEADS, NOPE + V)
-        keys = torch.einsum("tk,hnk->tho", x_read, attn.w_kc.double())
+        keys = torch.einsum("tk,hdk->thd", x_read, attn.w_kc.double())
         values = torch.einsum("tk,hkv->thv", x_read, attn.w_vc.double())
         expected = torch.cat([keys, values], dim=-1)
         torch.testing.assert_close(output, expected, rtol=0.02, atol=0.05)
