@@ -1,6 +1,6 @@
 """
 get_moe_padding_size
-    why: MXFP8's weight block is [1, 32]; only square blocks were accepted, and a server on a CPU asks always
+    why: an assertion on square blocks stopped every MXFP8 server on a CPU; MXFP8's block is [1, 32]
     until: upstream accepts MXFP8 blocks here
 """
 

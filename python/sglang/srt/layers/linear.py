@@ -1,6 +1,6 @@
 """
 LinearBase.__init__
-    why: messages about a layer name it; only the merged classes keep their prefix
+    why: errors name a layer by its prefix, which only the merged classes kept
     until: upstream keeps the prefix
 """
 

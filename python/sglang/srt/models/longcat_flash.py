@@ -1,6 +1,6 @@
 """
 LongcatFlashForCausalLM.post_load_weights
-    why: MXFP8 scales are bytes, and a reload may find the layer in kernel form; the layer knows both
+    why: kv_b_proj's E8M0 scales were multiplied as integers; the layer dequantizes itself, from either form
     until: upstream reads uint8 scales here, and after restore_weights_before_loading
 """
 

@@ -18,7 +18,7 @@ Fp8LinearMethod.process_weights_after_loading_block_quant
     until: upstream tests use_mxfp8 first
 
 Fp8LinearMethod._quantize_mxfp8_weights
-    why: a bf16 checkpoint is quantized as it is loaded, also in later updates
+    why: replaced: the weight loader quantizes a bf16 checkpoint, and later bf16 updates as well
     until: upstream requantizes on reload
 
 Fp8LinearMethod._process_mxfp8_linear_weight_scale, Fp8LinearMethod.restore_weights_before_loading
