@@ -27,20 +27,15 @@ class MXFP8GemmBase:
 
     @classmethod
     def setUpClass(cls):
-        cls.base_url = DEFAULT_URL_FOR_TEST
-        cls.process = popen_launch_server(
-            cls.model,
-            cls.base_url,
-            timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
-            other_args=["--fp8-gemm-backend", cls.backend],
+        flags = ["--fp8-gemm-backend", cls.backend]
+        timeout = DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH
+        server = popen_launch_server(
+            cls.model, DEFAULT_URL_FOR_TEST, timeout, other_args=flags
         )
-
-    @classmethod
-    def tearDownClass(cls):
-        kill_process_tree(cls.process.pid)
+        cls.addClassCleanup(kill_process_tree, server.pid)
 
     def test_gsm8k(self):
-        url = urlparse(self.base_url)
+        url = urlparse(DEFAULT_URL_FOR_TEST)
         metrics = run_few_shot_gsm8k(
             SimpleNamespace(
                 num_shots=8,

@@ -18,10 +18,10 @@ from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.layers.quantization.fp8_utils import mxfp8_kernels_available
 from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck, UpdateRefused
 from sglang.srt.layers.quantization.mxfp8_weights import (
-    SCALE,
-    WEIGHT,
     Mxfp8LinearWeights,
     deferred_processing,
+    mxfp8_layers,
+    name_mxfp8_layers,
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.model_loader.utils import post_load_weights
@@ -112,18 +112,6 @@ def what_was_written(error: Exception) -> str:
 
 def has_mxfp8_layers(model: torch.nn.Module) -> bool:
     return any(hasattr(module, "mxfp8_weights") for module in model.modules())
-
-
-def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
-    """The model's MXFP8 layers, each named by its path: prefixes may be missing."""
-    for path, module in model.named_modules():
-        if hasattr(module, "mxfp8_weights"):
-            module.mxfp8_weights.name = path
-    return mxfp8_layers(model)
-
-
-def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
-    return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
 
 
 @contextmanager
@@ -295,9 +283,7 @@ def _refuse_unsupported(loader, layers: List[Mxfp8LinearWeights]) -> None:
 
 def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
     """Loads past the loaders (dummy, sharded state) write no layer, and are left alone."""
-    if all(
-        w.unwritten() == [WEIGHT, SCALE] and not any(w.shapes.values()) for w in layers
-    ):
+    if not any(weights.loaded for weights in layers):
         return
     missing = [f"{w.name}.{name}" for w in layers for name in w.unwritten()]
     if missing:

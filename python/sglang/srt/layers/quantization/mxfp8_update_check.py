@@ -17,6 +17,8 @@ from sglang.srt.layers.quantization.mxfp8_weights import (
     SCALE,
     WEIGHT,
     Mxfp8LinearWeights,
+    mxfp8_layers,
+    name_mxfp8_layers,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ class UpdateCheck:
         """Load meta tensors into the meta model; its layers that were written."""
         if self._model is None and not self._make_model():
             return []
-        layers = _layers_of(self._model)
+        layers = mxfp8_layers(self._model)
         for weights in layers:
             weights.loaded.clear()
         taken: Set[str] = set()
@@ -120,12 +122,10 @@ class UpdateCheck:
         except Exception as error:
             logger.warning("Weight updates cannot be checked first: %s", error)
             return False
-        for path, module in model.named_modules():
-            if hasattr(module, "mxfp8_weights"):
-                weights, loaded = module.mxfp8_weights, self._layers[path].shapes
-                weights.name = path
-                weights.shapes = {name: dict(s) for name, s in loaded.items()}
-                weights.fixed_shapes = True
+        for weights in name_mxfp8_layers(model):
+            loaded = self._layers[weights.name].shapes
+            weights.shapes = {name: dict(s) for name, s in loaded.items()}
+            weights.fixed_shapes = True
         # It computes with the weights, which the meta device has not.
         if hasattr(model, "post_load_weights"):
             model.post_load_weights = lambda *args, **kwargs: None
@@ -157,10 +157,6 @@ class _Probe(torch.Tensor):
         return tree_map_only(
             torch.Tensor, lambda t: cls.of(t, names, probes[0].taken), result
         )
-
-
-def _layers_of(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
-    return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
 
 
 def _is_unsupported_on_meta(error: Exception) -> bool:

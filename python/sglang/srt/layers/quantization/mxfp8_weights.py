@@ -280,6 +280,18 @@ class Mxfp8LinearWeights:
         return values, scale
 
 
+def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+    """The model's MXFP8 layers, each named by its path: prefixes may be missing."""
+    for path, module in model.named_modules():
+        if hasattr(module, "mxfp8_weights"):
+            module.mxfp8_weights.name = path
+    return mxfp8_layers(model)
+
+
+def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+    return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
+
+
 def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows of [N, K] in pieces whose arithmetic in fp32 stays within 64 MiB."""
     step = max(1, MAX_TEMPORARY_BYTES // (32 * matrix.shape[1]))
