@@ -1,5 +1,6 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
+import threading
 import unittest
 from unittest import mock
 
@@ -29,6 +30,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     swizzled_scale_numel,
 )
 from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
+from sglang.srt.layers.quantization.mxfp8_weights import deferred_processing
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -452,6 +454,14 @@ class TestLoading(MXFP8TestCase):
         self.assertRegex(text, r"flashinfer_cutlass \(1 \[960, 576\]\): K = 576 is not")
         self.assertRegex(text, "bf16 .tiny .*smaller than 128")
         self.assertIn("emulated in torch", text)
+
+    def test_another_threads_load_does_not_hold_up_this_ones(self):
+        layer = build(256, 512)
+        with deferred_processing():
+            thread = threading.Thread(target=process, args=(layer,))
+            thread.start()
+            thread.join()
+        self.assertTrue(layer.mxfp8_weights.in_kernel_form)
 
     def test_a_layer_left_half_rearranged_is_never_used(self):
         layers = build(256, 512), build(256, 512)

@@ -27,9 +27,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers import deep_gemm_wrapper
 from sglang.srt.layers.linear import ColumnParallelLinear
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8_model import (
+    as_mxfp8_raw_loader,
+    load_mxfp8_model,
+    load_mxfp8_tensors_directly,
+)
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -216,6 +222,39 @@ class TestReaders(CustomTestCase):
                 self.assertEqual(
                     addresses, (attn.w_kc.data_ptr(), attn.w_vc.data_ptr())
                 )
+
+    def test_raw_writes_remake_what_was_read(self):
+        """By direct and custom loaders; kimi_linear has no post_load_weights."""
+        for read in read_deepseek, read_kimi_linear:
+            with self.subTest(read.__name__):
+                attn = attention()
+                load(attn, seed=0)
+                model = torch.nn.Module()
+                model.kv_b_proj = attn.kv_b_proj
+                if read is read_deepseek:
+                    model.post_load_weights = lambda: read_deepseek(attn)
+                model.load_weights = lambda _: read_kimi_linear(attn)
+                loader = mock.Mock(load_config=LoadConfig())
+                loader.load_model.return_value = model
+                hf_config = SimpleNamespace(architectures=["Tiny"])
+                load_mxfp8_model(loader, SimpleNamespace(hf_config=hf_config), None)
+                _, weight, scale = random_mxfp8(*attn.kv_b_proj.weight.shape, seed=1)
+                sent = {"weight": weight, "weight_scale_inv": scale}
+
+                load_mxfp8_tensors_directly(
+                    model, [(f"kv_b_proj.{name}", t) for name, t in sent.items()]
+                )
+                expected = load(attention(), seed=1)
+                self.assert_read(attn, expected)
+
+                def custom_loader(model, tensors):
+                    for name, tensor in tensors.items():
+                        getattr(model.kv_b_proj, name).data.copy_(tensor)
+
+                sent["weight_scale_inv"] = scale + 1
+                as_mxfp8_raw_loader(custom_loader)(model, sent)
+                self.assert_read(attn, [2 * means for means in expected])
+                self.assertTrue(attn.kv_b_proj.mxfp8_weights.in_kernel_form)
 
     def test_an_update_of_the_scale_alone(self):
         attn = attention()
@@ -466,6 +505,28 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
         served = prompt_logprobs(self.base_url, PROMPT.tolist())
         self.assert_logprobs(served, mixed, PROMPT.tolist())
         self.assertFalse(torch.equal(served, self.at_start))
+
+    def test_half_of_a_fused_layer_is_refused(self):
+        self.update(self.paths[0])
+        tensors = load_file(os.path.join(self.paths[1], "model.safetensors"))
+        for half in "q_a_proj", "kv_a_proj_with_mqa":
+            name = f"model.layers.0.self_attn.{half}.weight"
+            response = requests.post(
+                f"{self.base_url}/update_weights_from_tensor",
+                json={
+                    "serialized_named_tensors": [
+                        MultiprocessingSerializer.serialize(
+                            [(name, tensors[name])], output_str=True
+                        )
+                    ],
+                },
+                timeout=120,
+            )
+            self.assertFalse(response.json()["success"])
+            self.assertRegex(response.text, f"{half}.weight came without its")
+            self.assertIn("Nothing was written", response.text)
+        served = prompt_logprobs(self.base_url, PROMPT.tolist())
+        self.assertTrue(torch.equal(served, self.at_start))
 
     def test_decode_agrees_with_transformers(self):
         self.update(self.paths[0])

@@ -28,6 +28,7 @@ from sglang.srt.connector import BaseConnector, create_remote_connector
 from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
 from sglang.srt.layers.quantization.mxfp8_model import (
+    check_mxfp8_disk_update,
     mxfp8_checkpoint_form,
     mxfp8_layers,
 )
@@ -222,6 +223,49 @@ class TestDiskUpdateFormats(LoadPathTestCase):
                 self.assertRegex(message, f"{load_format}.*Nothing was written")
                 self.assertEqual(config.model_path, self.paths[0])
                 self.assert_serves(model, self.tensors[0])
+        self.assert_updates(model)
+
+    def test_pt_files_are_checked(self):
+        model = load_on_cpu(self.paths[0])
+        config = types.SimpleNamespace(
+            model_path=self.paths[0], revision=None, quantization="mxfp8"
+        )
+        directory = write_checkpoint(os.path.join(self.directory, "pt1"), {})
+        os.remove(os.path.join(directory, "model.safetensors"))
+        file = os.path.join(directory, "model.pt")
+
+        def refusal():
+            return check_mxfp8_disk_update(model, config, directory, "pt")
+
+        torch.save(self.tensors[1], file)
+        self.assertIsNone(refusal())
+        name = "model.layers.1.mlp.down_proj.weight"
+        for change, reason in (
+            ({name: self.tensors[1][name].bfloat16()}, "got torch.bfloat16"),
+            ({name: self.tensors[1][name][:-1]}, r"is \[512, 544\], got \[511, 544\]"),
+        ):
+            torch.save({**self.tensors[1], **change}, file)
+            self.assertRegex(refusal(), f"{reason}.*Nothing was written")
+        lacking = dict(self.tensors[1])
+        del lacking[f"{name}_scale_inv"]
+        torch.save(lacking, file)
+        self.assertRegex(refusal(), "down_proj: the checkpoint lacks a weight_scale")
+        os.truncate(file, os.path.getsize(file) // 2)
+        self.assertRegex(refusal(), "cannot be read.*Nothing was written")
+        self.assert_serves(model, self.tensors[0])
+
+
+class TestMemorySaver(LoadPathTestCase):
+    """Its pause and resume need CUDA; what they do to a layer's memory is done here."""
+
+    def test_an_update_restores_memory_that_came_back_with_other_bytes(self):
+        model = load_on_cpu(self.paths[0])
+        generator = torch.Generator().manual_seed(0)
+        for weights in mxfp8_layers(model):
+            for param in (weights.layer.weight, weights.layer.weight_scale_inv):
+                storage = param.untyped_storage()  # with the padding
+                raw = torch.empty(0, dtype=torch.uint8).set_(storage)
+                raw.random_(generator=generator)
         self.assert_updates(model)
 
 

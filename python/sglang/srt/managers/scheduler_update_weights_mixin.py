@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Callable, Tuple
 
 from overlay.marks import splice
 
+from sglang.srt.layers.quantization.mxfp8_model import what_was_written
+
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler_update_weights_mixin import (
         logger,
@@ -23,7 +25,8 @@ def _or_failure(group, update: Callable, *args) -> Tuple[bool, str]:
         result = update(*args)
     except Exception as error:
         logger.error(traceback.format_exc())
-        result = False, f"Failed to update weights from tensor: {error}"
+        what = what_was_written(error)
+        result = False, f"Failed to update weights from tensor: {error}. {what}"
     results = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(results, result, group=group)
     return next((r for r in results if not r[0]), result)

@@ -38,6 +38,7 @@ from sglang.srt.layers.quantization.mxfp8_model import (
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
         DeviceConfig,
+        logger,
         ModelConfig,
         dynamic_import,
     )
@@ -64,6 +65,7 @@ class ModelRunner:
         iter = get_weight_iter(self._roll_back_to(served_path))
 
     def _roll_back_to(self, model_path: str) -> ModelConfig:
+        logger.warning(f"Going back to {model_path}: weights pushed since are lost.")
         self.model_config.model_path = model_path
         return self.model_config
 

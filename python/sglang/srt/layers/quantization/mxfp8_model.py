@@ -56,7 +56,7 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         weights.fixed_shapes = True
         weights.to_kernel_form()
     _log_backends(layers)
-    model.mxfp8_post_load = functools.partial(post_load_weights, model, model_config)
+    model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
     model.mxfp8_update_check = UpdateCheck(
         layers, _meta_model_builder(loader, model_config)
     )
@@ -73,7 +73,7 @@ def check_mxfp8_disk_update(
 ) -> Optional[str]:
     """Why the MXFP8 model will not be updated from `model_path`; None if it may be.
 
-    Reads the headers of safetensors files; other formats are left to their loader.
+    Reads the files' headers only.
     """
     from sglang.srt.model_loader.loader import (
         DefaultModelLoader,
@@ -96,8 +96,7 @@ def check_mxfp8_disk_update(
         _, files, use_safetensors = loader._prepare_weights(
             model_path, source.revision, source.fall_back_to_pt
         )
-        if use_safetensors:
-            model.mxfp8_update_check.safetensors(files, name_filter)
+        model.mxfp8_update_check.files(files, use_safetensors, name_filter)
     except Exception as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
@@ -149,7 +148,7 @@ def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
     @in_mxfp8_checkpoint_form
     def load(model: torch.nn.Module, named_tensors) -> None:
         custom_loader(model, named_tensors)
-        _refresh_derived_weights(model)
+        model.mxfp8_remake_derived()
 
     return load
 
@@ -160,37 +159,46 @@ def load_mxfp8_tensors_directly(
     """Copy tensors into the parameters of the same names, past the loaders.
 
     Names are those of sglang's parameters (fused, this rank's shard); an MXFP8
-    parameter takes its own dtype or the same bytes. Raises ValueError, before anything
-    is written, for an unknown name, another shape, or bytes that are not the parameter's.
+    parameter takes its own dtype or the same bytes. Raises UpdateRefused, before
+    anything is written, for an unknown name, another shape, or other bytes.
     """
-    parameters = dict(model.named_parameters())
-    owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
-    owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
-    writes = []
-    for name, tensor in named_tensors:
-        if name not in parameters:
-            raise ValueError(f"the model has no parameter {name}; nothing was written")
-        param = parameters[name]
-        if param.shape != tensor.shape:
-            raise ValueError(
-                f"{name} is {list(param.shape)}, got {list(tensor.shape)}; "
-                "nothing was written"
-            )
-        if id(param) in owners:
-            short = name.rpartition(".")[2]
-            tensor = owners[id(param)].as_bytes_of(param, short, tensor)
-        writes.append((name, tensor.to(param.device, param.dtype)))
+    try:
+        writes = list(_direct_writes(model, named_tensors))
+    except ValueError as error:
+        raise UpdateRefused(str(error)) from error
     with mxfp8_checkpoint_form(model):
         for name, tensor in writes:
             module, _, short = name.rpartition(".")
             copy_or_rebind_param(model.get_submodule(module), short, tensor)
-        _refresh_derived_weights(model)
+        model.mxfp8_remake_derived()
 
 
-def _refresh_derived_weights(model: torch.nn.Module) -> None:
-    """MLA models keep weights made from kv_b_proj's; their load_weights remakes them."""
-    if hasattr(model, "mxfp8_post_load"):
-        model.mxfp8_post_load()
+def _direct_writes(
+    model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
+) -> Iterable[Tuple[str, torch.Tensor]]:
+    parameters = dict(model.named_parameters())
+    owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
+    owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
+    for name, tensor in named_tensors:
+        if name not in parameters:
+            raise ValueError(f"the model has no parameter {name}")
+        param = parameters[name]
+        if param.shape != tensor.shape:
+            raise ValueError(f"{name} is {list(param.shape)}, got {list(tensor.shape)}")
+        if id(param) in owners:
+            short = name.rpartition(".")[2]
+            tensor = owners[id(param)].as_bytes_of(param, short, tensor)
+        yield name, tensor.to(param.device, param.dtype)
+
+
+def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
+    """What an MLA model must do after raw writes: it keeps weights made of kv_b_proj's."""
+    if not any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_layers(model)):
+        return lambda: None
+    if hasattr(model, "post_load_weights"):
+        return functools.partial(post_load_weights, model, model_config)
+    # Kimi's models make them at the end of every load, even of nothing.
+    return functools.partial(model.load_weights, ())
 
 
 def _managed(

@@ -7,6 +7,7 @@ the update first. What its loaders refuse, the update is refused for.
 import json
 import logging
 import os
+import zipfile
 from typing import Callable, Iterable, List, Optional, Set, Tuple
 
 import torch
@@ -41,6 +42,8 @@ _SAFETENSORS_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 
+_FUSED_A_PROJ = ("q_a_proj", "kv_a_proj_with_mqa")
+
 
 class UpdateRefused(ValueError):
     """An update that the model would not take; nothing of it was written."""
@@ -66,20 +69,24 @@ class UpdateCheck:
 
         A weight may come without its scale: trainers send their buckets one by one.
         """
-        self._load((name, tensor.to("meta")) for name, tensor in named_tensors)
+        on_meta = ((name, tensor.to("meta")) for name, tensor in named_tensors)
+        self._load(on_meta, whole=False)
 
-    def safetensors(
-        self, files: List[str], name_filter: Optional[Callable[[str], bool]] = None
+    def files(
+        self,
+        files: List[str],
+        use_safetensors: bool,
+        name_filter: Optional[Callable[[str], bool]] = None,
     ) -> None:
         """Check a checkpoint by its files' headers. Raises UpdateRefused as `tensors` does,
         and for a file that is damaged or missing, and a weight without its scale."""
-        found = [named for file in files for named in _read_header(file)]
-        _check_index(files, {name for name, _ in found})
-        written = self._load(
-            (name, tensor)
-            for name, tensor in found
-            if name_filter is None or name_filter(name)
-        )
+        read = _read_safetensors if use_safetensors else _read_pickle
+        found = [named for file in files for named in read(file)]
+        if use_safetensors:
+            _check_index(files, {name for name, _ in found})
+        if name_filter is not None:
+            found = [(name, tensor) for name, tensor in found if name_filter(name)]
+        written = self._load(found, whole=True)
         for weights in written:
             shards = {SCALE: set(), WEIGHT: set()}
             for name, shard in weights.loaded:
@@ -91,8 +98,14 @@ class UpdateCheck:
                     f"{WEIGHT if lacks == SCALE else SCALE}"
                 )
 
-    def _load(self, named_tensors: NamedTensors) -> List[Mxfp8LinearWeights]:
-        """Load meta tensors into the meta model; its layers that were written."""
+    def _load(
+        self, named_tensors: NamedTensors, whole: bool
+    ) -> List[Mxfp8LinearWeights]:
+        """Load meta tensors into the meta model; its layers that were written.
+
+        A `whole` checkpoint of which the model takes nothing is refused; a bucket may
+        be another pipeline stage's or a draft model's.
+        """
         if self._model is None and not self._make_model():
             return []
         layers = mxfp8_layers(self._model)
@@ -108,13 +121,30 @@ class UpdateCheck:
                 return []
             raise UpdateRefused(str(error) or repr(error)) from error
         untaken = [name for name, _ in probes if name not in taken]
+        self._refuse_halves(untaken)
         if untaken:
-            logger.warning(
-                "The model takes nothing of %d tensors in this weight update: %s",
-                len(untaken),
-                ", ".join(untaken[:8]),
+            message = (
+                f"the model takes nothing of {len(untaken)} tensors in this weight "
+                f"update: {', '.join(untaken[:8])}"
             )
+            if whole and not taken:
+                raise UpdateRefused(message)
+            logger.warning(message)
         return [weights for weights in layers if weights.loaded]
+
+    def _refuse_halves(self, untaken: List[str]) -> None:
+        """DeepSeek's loaders wait for the other half of a fused layer until the request
+        ends, and then forget the half that came."""
+        modules = dict(self._model.named_modules())
+        for name in untaken:
+            for half, other in (_FUSED_A_PROJ, _FUSED_A_PROJ[::-1]):
+                layer = name.rpartition(".")[0]
+                fused = layer.removesuffix(half) + "fused_qkv_a_proj_with_mqa"
+                if layer.endswith(f".{half}") and fused in modules:
+                    raise UpdateRefused(
+                        f"{name} came without its {other}: they are halves of {fused}, "
+                        "send both in one request"
+                    )
 
     def _make_model(self) -> bool:
         try:
@@ -123,6 +153,11 @@ class UpdateCheck:
             logger.warning("Weight updates cannot be checked first: %s", error)
             return False
         for weights in name_mxfp8_layers(model):
+            if weights.name not in self._layers:
+                raise UpdateRefused(
+                    f"{weights.name}: the model gave this layer up after loading; "
+                    "restart the server on the new weights"
+                )
             loaded = self._layers[weights.name].shapes
             weights.shapes = {name: dict(s) for name, s in loaded.items()}
             weights.fixed_shapes = True
@@ -163,7 +198,7 @@ def _is_unsupported_on_meta(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
 
 
-def _read_header(file: str) -> NamedTensors:
+def _read_safetensors(file: str) -> NamedTensors:
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
@@ -174,6 +209,15 @@ def _read_header(file: str) -> NamedTensors:
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
     except KeyError as error:
         raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
+
+
+def _read_pickle(file: str) -> NamedTensors:
+    try:
+        mmap = zipfile.is_zipfile(file)  # torch maps no older format
+        tensors = torch.load(file, map_location="meta", mmap=mmap, weights_only=True)
+    except Exception as error:  # whatever a damaged zip or pickle raises
+        raise UpdateRefused(f"{file} cannot be read: {error}") from error
+    return tensors.items()
 
 
 def _check_index(files: List[str], names: Set[str]) -> None:

@@ -10,6 +10,7 @@ identity, class, shape and address in both forms.
 
 import threading
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
@@ -38,18 +39,18 @@ _SAME_BYTES = {
     torch.uint8: (torch.float8_e8m0fnu,),
 }
 _form_lock = threading.Lock()
-_deferrals = 0
+_deferred = ContextVar("_deferred", default=False)
 
 
 @contextmanager
 def deferred_processing():
-    """Within it, `to_kernel_form` does nothing: raw writes find the checkpoint form."""
-    global _deferrals
-    _deferrals += 1
+    """Within it, in this thread, `to_kernel_form` does nothing: raw writes find the
+    checkpoint form."""
+    token = _deferred.set(True)
     try:
         yield
     finally:
-        _deferrals -= 1
+        _deferred.reset(token)
 
 
 class Mxfp8LinearWeights:
@@ -115,7 +116,7 @@ class Mxfp8LinearWeights:
     def to_kernel_form(self) -> None:
         """Rearrange weight and scale for the backend, in place; once is enough."""
         with _form_lock:
-            if self.in_kernel_form or _deferrals:
+            if self.in_kernel_form or _deferred.get():
                 return
             self._require_room()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
