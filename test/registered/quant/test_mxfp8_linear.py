@@ -2,6 +2,7 @@
 
 import threading
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
@@ -235,6 +236,28 @@ class TestLayerLife(MXFP8TestCase):
         self.assertTrue(same_bytes(layer.weight[:256], gate[0]))
         self.assertTrue(same_bytes(layer.weight[256:], new_up[0]))
         self.assertTrue(same_bytes(layer.weight_scale_inv[256:], new_up[1]))
+
+    def test_loader_threads_write_parts_of_one_layer(self):
+        """As DeepSeek's loader does; the first to write brings the layer back."""
+        widths = [128] * 16
+        layer = build(
+            widths,
+            512,
+            cls=lambda k, n, **kw: MergedColumnParallelLinear(
+                k, n, tp_rank=0, tp_size=1, **kw
+            ),
+        )
+        for seed in range(3):
+            _, weight, scale = random_mxfp8(sum(widths), 512, seed)
+            parts = zip(weight.split(widths), scale.split(widths), range(len(widths)))
+            with ThreadPoolExecutor(8) as pool:
+                for part in [pool.submit(load, layer, *part) for part in parts]:
+                    part.result()
+            process(layer)
+            layer.quant_method.restore_weights_before_loading(layer)
+            self.assertTrue(same_bytes(layer.weight, weight))
+            self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
+            process(layer)
 
     def test_tensor_parallel_shards(self):
         n, k = 512, 1024
