@@ -18,11 +18,6 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization import fp8_utils, mxfp8_weights
-from sglang.srt.layers.quantization.fp8_utils import (
-    Mxfp8LinearBackend,
-    resolve_mxfp8_linear_backend,
-    select_mxfp8_linear_backend,
-)
 from sglang.srt.layers.quantization.mxfp8_emulation import quantize
 from sglang.srt.layers.quantization.mxfp8_layout import (
     kernel_scale,
@@ -31,6 +26,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     swizzled_scale_numel,
 )
 from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
+from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8_weights import deferred_processing
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -76,52 +72,6 @@ class MXFP8TestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         init_single_process_parallel_state()
-
-
-class TestSelect(CustomTestCase):
-    def test_each_shape_gets_a_backend_that_takes_it(self):
-        cases = (
-            (TRTLLM, 576, 1536, torch.bfloat16, TRTLLM, ""),
-            (TRTLLM, 960, 576, torch.bfloat16, CUTLASS, "K = 576 is not a multiple"),
-            (TRTLLM, 256, 256, torch.float16, CUTLASS, "bf16 only"),
-            (TRTLLM, 96, 256, torch.bfloat16, BF16, "smaller than 128"),
-            (TRTLLM, 688, 4096, torch.bfloat16, BF16, "N = 688 is not a multiple"),
-            (CUTLASS, 256, 256, torch.bfloat16, CUTLASS, ""),
-            (CUTLASS, 256, 96, torch.bfloat16, BF16, "smaller than 128"),
-            (Mxfp8LinearBackend.TRITON, 960, 576, torch.bfloat16, BF16, "triton"),
-        )
-        for preferred, n, k, dtype, expected, reason in cases:
-            with self.subTest(preferred=preferred, n=n, k=k, dtype=dtype):
-                backend, why = select_mxfp8_linear_backend(preferred, n, k, dtype)
-                self.assertEqual(backend, expected)
-                self.assertIn(reason, why)
-                self.assertEqual(bool(why), backend != preferred)
-
-    def test_without_kernels_or_emulation_the_error_names_what_is_missing(self):
-        for name in (*BACKENDS, "auto", "triton"):
-            with self.subTest(name), fp8_gemm_backend(name, emulation=False):
-                with self.assertRaisesRegex(
-                    RuntimeError, "CUDA.*SM100 or SM103.*SGLANG_MXFP8_EMULATION=1"
-                ):
-                    resolve_mxfp8_linear_backend()
-
-    def test_a_flag_without_mxfp8_linear_is_refused(self):
-        with fp8_gemm_backend("deep_gemm"):
-            with self.assertRaisesRegex(ValueError, "deep_gemm has no MXFP8 linear"):
-                resolve_mxfp8_linear_backend()
-
-    def test_block_fp8_refuses_flashinfer_cutlass(self):
-        with fp8_gemm_backend("flashinfer_cutlass"):
-            with self.assertRaisesRegex(ValueError, "MXFP8 linear layers only"):
-                fp8_utils.dispatch_w8a8_block_fp8_linear()
-
-    def test_auto_on_sm100_stays_on_triton(self):
-        with fp8_gemm_backend("auto", emulation=False):
-            with mock.patch.multiple(
-                fp8_utils, is_cuda=lambda: True, is_sm100_supported=lambda: True
-            ):
-                backend = resolve_mxfp8_linear_backend()
-        self.assertEqual(backend, Mxfp8LinearBackend.TRITON)
 
 
 class TestLayerLife(MXFP8TestCase):
@@ -380,7 +330,10 @@ class TestForward(MXFP8TestCase):
             ),
             (
                 ops.flashinfer_mxfp8_linear,
-                (x, layer.weight, layer.weight_scale_inv, None, rest[0], rest[2]),
+                (
+                    *(x, layer.weight, layer.weight_scale_inv, None),
+                    *(torch.bfloat16, "trtllm", 8),
+                ),
             ),
         ):
             with self.subTest(op.__name__):
@@ -472,9 +425,11 @@ class TestLoading(MXFP8TestCase):
             self.load_model(mlp, build(960, 576))
         text = "\n".join(logs.output)
         self.assertIn(
-            "1 linear layers on flashinfer_trtllm (down_proj [576, 1536])", text
+            "1 on flashinfer_trtllm, 128x4 scales (down_proj [576, 1536]); ", text
         )
-        self.assertRegex(text, r"flashinfer_cutlass \(1 \[960, 576\]\): K = 576 is not")
+        self.assertRegex(
+            text, r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not"
+        )
         self.assertRegex(text, "bf16 .tiny .*smaller than 128")
         self.assertIn("emulated in torch", text)
 

@@ -38,9 +38,9 @@ from sglang.srt.layers.quantization.mxfp8_model import (
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
         DeviceConfig,
-        logger,
         ModelConfig,
         dynamic_import,
+        logger,
     )
 
 

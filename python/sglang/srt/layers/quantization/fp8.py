@@ -3,6 +3,10 @@ Fp8Config.get_min_capability
     why: emulation runs on any device
     until: never, as long as there is emulation
 
+Fp8Config.mxfp8_linear_options
+    why: what can run is found out once per server, and before any layer is built
+    until: upstream chooses per layer at load
+
 Fp8LinearMethod.__init__
     why: MXFP8 has a dispatch of its own; block FP8's raises for flashinfer_trtllm off SM100
     thread: sgl-project/sglang#21576
@@ -34,6 +38,7 @@ Fp8LinearMethod.apply
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from overlay.marks import append, drop, prepend, splice
@@ -46,6 +51,10 @@ from sglang.srt.layers.quantization.base_config import (
 )
 from sglang.srt.layers.quantization.fp8_utils import (
     dispatch_w8a8_mxfp8_linear,
+    get_fp8_gemm_runner_backend,
+)
+from sglang.srt.layers.quantization.mxfp8_routing import (
+    Mxfp8LinearOptions,
     resolve_mxfp8_linear_backend,
     select_mxfp8_linear_backend,
 )
@@ -60,6 +69,11 @@ class Fp8Config(QuantizationConfig):
         if not self.use_mxfp8:
             return 80
         return 0 if envs.SGLANG_MXFP8_EMULATION.get() else 100
+
+    @cached_property
+    def mxfp8_linear_options(self) -> Mxfp8LinearOptions:
+        """What this server's MXFP8 linear layers can run on."""
+        return resolve_mxfp8_linear_backend(get_fp8_gemm_runner_backend().value)
 
 
 class Fp8LinearMethod(LinearMethodBase):
@@ -78,7 +92,7 @@ class Fp8LinearMethod(LinearMethodBase):
     def __init__(self):
         if self.use_mxfp8:
             self.use_marlin = False
-            self.mxfp8_backend = resolve_mxfp8_linear_backend()
+            self.mxfp8_options = self.quant_config.mxfp8_linear_options
 
     @splice
     def create_weights(self, layer, extra_weight_attrs):
@@ -91,17 +105,17 @@ class Fp8LinearMethod(LinearMethodBase):
         self, layer, input_size_per_partition, output_size_per_partition, params_dtype
     ):
         if self.use_mxfp8:
-            backend, reason = select_mxfp8_linear_backend(
-                self.mxfp8_backend,
+            choice = select_mxfp8_linear_backend(
+                self.mxfp8_options,
                 output_size_per_partition,
                 input_size_per_partition,
                 params_dtype,
+                getattr(layer, "prefix", ""),
             )
-            layer.w8a8_mxfp8_linear = dispatch_w8a8_mxfp8_linear(backend)
+            layer.w8a8_mxfp8_linear = dispatch_w8a8_mxfp8_linear(choice)
             layer.mxfp8_weights = Mxfp8LinearWeights(
                 layer,
-                backend,
-                reason,
+                choice,
                 quantize_on_load=not self.quant_config.is_checkpoint_fp8_serialized,
             )
 

@@ -12,42 +12,40 @@ _get_triton_mxfp8_downcast, mxfp8_group_quantize
     why: MXFP8 must not depend on triton_kernels, which ships inside sgl-kernel
     until: upstream's quantizer has no such dependency
 
-Mxfp8LinearBackend, resolve_mxfp8_linear_backend, select_mxfp8_linear_backend
-    why: one place decides what a server can run and what each layer runs on
-    thread: sgl-project/sglang#21576
-    until: upstream chooses per layer at load
-
-mxfp8_kernels_available, _no_mxfp8_kernels
-    why: fail at start, naming what is missing, instead of at the first forward
-    until: upstream checks at start
-
-dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear
+dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear, _run_2d
     why: MXFP8 dense linears on FlashInfer's trtllm and cutlass GEMMs
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
-flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _register_mxfp8_op
+flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _register_mxfp8_op, _kernels
     why: the two halves of the linear, as torch custom ops
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
-bf16_mxfp8_linear, mxfp8_bf16_matmul
+_without_autotuning
+    why: a MoE flag switches FlashInfer's tuning on for every GEMM; this one must not be tuned
+    thread: sgl-project/sglang#29669
+    until: FlashInfer is 0.6.14 or later, and its tuning knows the 8x4 layout
+
+triton_mxfp8_linear, _linear_scale
+    why: upstream's Triton linear takes no empty batch, no swizzled scale, and is no op
+    until: the base is 0.5.10 or later
+
+bf16_mxfp8_linear
     why: a layer that no MXFP8 kernel takes still has to be served
     until: a kernel takes every shape
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from enum import Enum
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from typing import TYPE_CHECKING, Callable, Optional, Tuple
 
 import torch
 from overlay.marks import drop, prepend
 from packaging.version import Version
 
-from sglang.srt.environ import envs
 from sglang.srt.layers.quantization import mxfp8_emulation
 from sglang.srt.layers.quantization.mxfp8_layout import (
     GROUP_SIZE,
@@ -55,17 +53,20 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     kernel_scale,
     swizzle_scale,
     swizzled_scale_numel,
+    unswizzle_scale,
+)
+from sglang.srt.layers.quantization.mxfp8_routing import (
+    Mxfp8LinearBackend,
+    Mxfp8LinearChoice,
+    flashinfer_version,
+    mxfp8_kernels_missing,
 )
 from sglang.srt.utils.common import sglang_lib
 from sglang.srt.utils.custom_op import register_custom_op
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.fp8_utils import (
-        get_device_capability,
-        get_fp8_gemm_runner_backend,
-        is_cuda,
-        is_flashinfer_available,
-        is_sm100_supported,
+        logger,
         triton_mxfp8_blockscaled_linear,
     )
 
@@ -111,149 +112,122 @@ def mxfp8_group_quantize(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return values.contiguous(), scale.contiguous()
 
 
-class Mxfp8LinearBackend(Enum):
-    """What one MXFP8 linear layer runs on."""
+def dispatch_w8a8_mxfp8_linear(choice: Mxfp8LinearChoice) -> Callable:
+    """The function that runs a layer of this choice.
 
-    FLASHINFER_TRTLLM = "flashinfer_trtllm"
-    FLASHINFER_CUTLASS = "flashinfer_cutlass"
-    TRITON = "triton"
-    BF16 = "bf16"
-
-    def is_flashinfer_trtllm(self) -> bool:
-        return self == Mxfp8LinearBackend.FLASHINFER_TRTLLM
-
-    def is_flashinfer(self) -> bool:
-        return self in (
-            Mxfp8LinearBackend.FLASHINFER_TRTLLM,
-            Mxfp8LinearBackend.FLASHINFER_CUTLASS,
-        )
-
-    def is_bf16(self) -> bool:
-        return self == Mxfp8LinearBackend.BF16
-
-
-@lru_cache(maxsize=1)
-def mxfp8_kernels_available() -> bool:
-    """Whether FlashInfer's MXFP8 GEMMs can run: SM100 or SM103, and FlashInfer 0.6.7."""
-    if not is_flashinfer_available() or get_device_capability() not in (
-        (10, 0),
-        (10, 3),
-    ):
-        return False
-    return Version(importlib.metadata.version("flashinfer_python")) >= Version("0.6.7")
-
-
-def resolve_mxfp8_linear_backend() -> Mxfp8LinearBackend:
-    """The backend that the server flag asks for, checked against this machine.
-
-    `auto` keeps upstream's Triton kernel where it can run. Raises ValueError for a flag
-    that has no MXFP8 linear, RuntimeError where this machine can run none.
+    All take (input, weight, weight_scale, input_scale=None, bias=None):
+    input [..., K] bf16 or fp16, or e4m3 with input_scale, uint8 [M, K/32] or 1-D 128x4;
+    weight e4m3 [N, K] and weight_scale uint8 [N, K/32] in the backend's kernel form;
+    bias [N]. All return [..., N] in the input's dtype, bf16 for e4m3 input.
     """
-    flag = get_fp8_gemm_runner_backend()
-    runnable = mxfp8_kernels_available() or envs.SGLANG_MXFP8_EMULATION.get()
-    if flag.is_flashinfer_trtllm() or flag.is_flashinfer_cutlass():
-        backend = Mxfp8LinearBackend(flag.value)
-    elif flag.is_auto() or flag.is_triton():
-        if is_cuda() and is_sm100_supported():
-            return Mxfp8LinearBackend.TRITON
-        runnable = runnable and flag.is_auto()
-        backend = Mxfp8LinearBackend.FLASHINFER_TRTLLM
-    else:
-        raise ValueError(
-            f"--fp8-gemm-backend={flag.value} has no MXFP8 linear; choose "
-            "flashinfer_trtllm, flashinfer_cutlass, triton or auto."
+    if choice.backend.is_flashinfer():
+        return partial(
+            flashinfer_mxfp8_blockscaled_linear,
+            backend=choice.backend.value.removeprefix("flashinfer_"),
+            max_m_8x4=choice.max_m_8x4,
         )
-    if not runnable:
-        raise _no_mxfp8_kernels(flag.value)
-    return backend
+    linear = bf16_mxfp8_linear if choice.backend.is_bf16() else triton_mxfp8_linear
+    return partial(_run_2d, linear)
 
 
-def _no_mxfp8_kernels(flag: str) -> RuntimeError:
-    device = torch.cuda.get_device_name() if is_cuda() else "a device without CUDA"
-    return RuntimeError(
-        f"--fp8-gemm-backend={flag} cannot serve an MXFP8 model on {device}: "
-        "FlashInfer's MXFP8 GEMMs need an SM100 or SM103 GPU and flashinfer_python >= "
-        "0.6.7. To run flashinfer_trtllm or flashinfer_cutlass without the kernels, "
-        "slowly, set SGLANG_MXFP8_EMULATION=1."
+def _run_2d(
+    linear: Callable,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: Optional[torch.Tensor] = None,
+    bias: Optional[torch.Tensor] = None,
+    settings: tuple = (),
+) -> torch.Tensor:
+    is_2d = input.dim() == 2
+    output = linear(
+        input if is_2d else input.reshape(-1, input.shape[-1]),
+        weight,
+        weight_scale,
+        input_scale,
+        input.dtype if input_scale is None else torch.bfloat16,
+        *settings,
     )
+    if bias is not None:
+        output += bias
+    return output if is_2d else output.view(*input.shape[:-1], output.shape[-1])
 
 
-def _trtllm_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if dtype != torch.bfloat16:
-        return f"trtllm writes bf16 only, not {dtype}"
-    if k % 256 != 0:
-        return f"K = {k} is not a multiple of 256 (trtllm)"
-    return _cutlass_refusal(n, k, dtype)
-
-
-def _cutlass_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} activations cannot be quantized"
-    if n < 128 or k < 128:
-        return f"[{n}, {k}] is smaller than 128 x 128"
-    if n % 32 != 0:
-        return f"N = {n} is not a multiple of 32"
-    return None
-
-
-def _triton_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if n % 128 != 0 or k % 128 != 0:
-        return f"[{n}, {k}] is not in multiples of 128 (triton)"
-    return None
-
-
-_REFUSALS = {
-    Mxfp8LinearBackend.FLASHINFER_TRTLLM: _trtllm_refusal,
-    Mxfp8LinearBackend.FLASHINFER_CUTLASS: _cutlass_refusal,
-    Mxfp8LinearBackend.TRITON: _triton_refusal,
-}
-_FALLBACK = {
-    Mxfp8LinearBackend.FLASHINFER_TRTLLM: Mxfp8LinearBackend.FLASHINFER_CUTLASS,
-    Mxfp8LinearBackend.FLASHINFER_CUTLASS: Mxfp8LinearBackend.BF16,
-    Mxfp8LinearBackend.TRITON: Mxfp8LinearBackend.BF16,
-}
-
-
-def select_mxfp8_linear_backend(
-    preferred: Mxfp8LinearBackend, n: int, k: int, dtype: torch.dtype
-) -> Tuple[Mxfp8LinearBackend, str]:
-    """The backend for one layer's shard, and why it is not the preferred one ("" if it is).
-
-    Args:
-        n, k: output and input size of this rank's weight [N, K].
-        dtype: the model's activation dtype.
-    """
-    backend, reasons = preferred, []
-    while backend in _REFUSALS:
-        reason = _REFUSALS[backend](n, k, dtype)
-        if reason is None:
-            break
-        if reason not in reasons:
-            reasons.append(reason)
-        backend = _FALLBACK[backend]
-    return backend, "; ".join(reasons)
-
-
-def dispatch_w8a8_mxfp8_linear(backend: Mxfp8LinearBackend) -> Callable:
-    """The function that runs a layer on `backend`.
-
-    All take (input, weight, weight_scale, input_scale=None, bias=None).
-    """
-    if backend.is_flashinfer():
-        kernel = backend.value.removeprefix("flashinfer_")
-        return partial(flashinfer_mxfp8_blockscaled_linear, backend=kernel)
-    return bf16_mxfp8_linear if backend.is_bf16() else triton_mxfp8_blockscaled_linear
+def _fake_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: Optional[torch.Tensor],
+    out_dtype: torch.dtype,
+    *settings,
+) -> torch.Tensor:
+    return input.new_empty((input.shape[0], weight.shape[0]), dtype=out_dtype)
 
 
 def _register_mxfp8_op(fake_impl: Callable) -> Callable:
-    """`register_custom_op`, and for the CPU too, where the op is emulated."""
+    """`register_custom_op`, and for the CPU too, where the op is emulated.
+
+    Only a compiler gets the op: its dispatch costs more host time than all of ours.
+    """
 
     def register(function: Callable) -> Callable:
         op = register_custom_op(function, fake_impl=fake_impl)
         sglang_lib.impl(function.__name__, function, "CPU")
-        return op
+
+        @wraps(function)
+        def call(*args):
+            return (op if torch.compiler.is_compiling() else function)(*args)
+
+        return call
 
     return register
+
+
+@lru_cache(maxsize=None)
+def _kernels(backend: str) -> Tuple[Callable, Callable]:
+    """FlashInfer's quantizer and GEMM, or their emulation, with the same signatures."""
+    if mxfp8_kernels_missing(Mxfp8LinearBackend(f"flashinfer_{backend}")):
+        return mxfp8_emulation.mxfp8_quantize, mxfp8_emulation.mm_mxfp8
+    from flashinfer import SfLayout, mm_mxfp8, mxfp8_quantize
+    from flashinfer.autotuner import AutoTuner
+
+    layouts = SfLayout.layout_128x4, SfLayout.layout_8x4
+
+    def quantize(input: torch.Tensor, use_8x4_sf_layout: bool):
+        layout = layouts[use_8x4_sf_layout]
+        return mxfp8_quantize(input.contiguous(), sf_swizzle_layout=layout)
+
+    return quantize, _without_autotuning(mm_mxfp8, AutoTuner.get())
+
+
+def _without_autotuning(mm_mxfp8: Callable, tuner) -> Callable:
+    """`mm_mxfp8`, with FlashInfer's autotuner off while it runs.
+
+    Tuning it reads illegal memory before FlashInfer 0.6.14 (sgl-project/sglang#29669), and
+    assumes 128x4 activation scales. A nested `autotune(False)` does not stop it.
+    """
+    old = Version(flashinfer_version()) < Version("0.6.14")
+
+    def run(*args, use_8x4_sf_layout: bool, **kwargs):
+        tuning = tuner.is_tuning_mode and (old or use_8x4_sf_layout)
+        if tuning:
+            _say_not_tuned()
+            tuner.is_tuning_mode = False
+        try:
+            return mm_mxfp8(*args, use_8x4_sf_layout=use_8x4_sf_layout, **kwargs)
+        finally:
+            if tuning:
+                tuner.is_tuning_mode = True
+
+    return run
+
+
+@lru_cache(maxsize=None)
+def _say_not_tuned() -> None:
+    logger.info(
+        "FlashInfer's autotuner passes over MXFP8 linear layers: with "
+        f"{flashinfer_version()} it may read illegal memory there."
+    )
 
 
 def _fake_mxfp8_quantize(
@@ -282,12 +256,7 @@ def flashinfer_mxfp8_quantize(
     Returns e4m3 [M, K] and the 1-D uint8 scale, padded to whole tiles.
     Source: `flashinfer.mxfp8_quantize`, 0.6.7.post3.
     """
-    if not mxfp8_kernels_available():
-        return mxfp8_emulation.mxfp8_quantize(input, use_8x4_sf_layout)
-    from flashinfer import SfLayout, mxfp8_quantize
-
-    layout = SfLayout.layout_8x4 if use_8x4_sf_layout else SfLayout.layout_128x4
-    return mxfp8_quantize(input.contiguous(), sf_swizzle_layout=layout)
+    return _kernels("cutlass")[0](input, use_8x4_sf_layout)
 
 
 def _fake_mm_mxfp8(
@@ -323,11 +292,7 @@ def flashinfer_mm_mxfp8(
     Returns [M, N] of `out_dtype`. Raises ValueError for shapes, dtypes and lengths that
     the backend refuses. Source: `flashinfer.mm_mxfp8`, 0.6.7.post3.
     """
-    if mxfp8_kernels_available():
-        from flashinfer import mm_mxfp8
-    else:
-        mm_mxfp8 = mxfp8_emulation.mm_mxfp8
-    return mm_mxfp8(
+    return _kernels(backend)[1](
         a,
         b,
         a_descale,
@@ -338,18 +303,7 @@ def flashinfer_mm_mxfp8(
     )
 
 
-def _fake_mxfp8_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: Optional[torch.Tensor],
-    out_dtype: torch.dtype,
-    backend: str,
-) -> torch.Tensor:
-    return input.new_empty((input.shape[0], weight.shape[0]), dtype=out_dtype)
-
-
-@_register_mxfp8_op(_fake_mxfp8_linear)
+@_register_mxfp8_op(_fake_linear)
 def flashinfer_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -357,28 +311,32 @@ def flashinfer_mxfp8_linear(
     input_scale: Optional[torch.Tensor],
     out_dtype: torch.dtype,
     backend: str,
+    max_m_8x4: int,
 ) -> torch.Tensor:
-    """One MXFP8 linear as one op, opaque to torch.compile: quantize, then multiply.
+    """One MXFP8 linear as one op, opaque to torch.compile: choose the layout of the
+    activation scale, quantize, multiply.
 
-    Takes the registered weight [N, K] and weight_scale [N, K/32] of a layer in kernel
-    form, whose scale's padding lies in its storage beyond that view; see
-    `flashinfer_mxfp8_blockscaled_linear` for the rest.
+    Takes input [M, K]; see `flashinfer_mxfp8_blockscaled_linear` for the rest.
     """
-    if input.shape[0] == 0:
+    m = input.shape[0]
+    if m == 0:
         return input.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    quantize, multiply = _kernels(backend)
+    use_8x4 = m <= max_m_8x4
     if input_scale is None:
-        values, scale = flashinfer_mxfp8_quantize(input, False)
+        input, input_scale = quantize(input, use_8x4)
+    elif input_scale.dim() == 2:
+        input_scale = swizzle_scale(input_scale, 8 if use_8x4 else 128)
     else:
-        values = input
-        scale = swizzle_scale(input_scale) if input_scale.dim() == 2 else input_scale
-    return flashinfer_mm_mxfp8(
-        values,
+        use_8x4 = False
+    return multiply(
+        input,
         weight.t(),
-        scale,
+        input_scale,
         kernel_scale(weight_scale),
-        out_dtype,
-        False,
-        backend,
+        out_dtype=out_dtype,
+        use_8x4_sf_layout=use_8x4,
+        backend=backend,
     )
 
 
@@ -390,64 +348,74 @@ def flashinfer_mxfp8_blockscaled_linear(
     bias: Optional[torch.Tensor] = None,
     *,
     backend: str,
+    max_m_8x4: int = 0,
 ) -> torch.Tensor:
     """input @ weight.T + bias in MXFP8, on FlashInfer's GEMM.
 
     Args:
         input: [..., K] bf16 or fp16; or e4m3 with `input_scale`.
         weight: e4m3 [N, K] in the backend's kernel form.
-        weight_scale: uint8 [N, K/32], the view of its kernel form.
+        weight_scale: uint8 [N, K/32], the view of its kernel form, whose padding lies in
+            the storage beyond it.
         input_scale: for pre-quantized input: uint8, [M, K/32] or 1-D 128x4.
         bias: [N], or None.
         backend: "trtllm" or "cutlass".
+        max_m_8x4: the largest M for which the activation scale is laid out 8x4.
 
     Returns [..., N] in the input's dtype, bf16 for pre-quantized input.
     """
-    input_2d = input.reshape(-1, input.shape[-1])
-    out_dtype = input.dtype if input_scale is None else torch.bfloat16
-    output = flashinfer_mxfp8_linear(
-        input_2d, weight, weight_scale, input_scale, out_dtype, backend
+    settings = backend, max_m_8x4
+    return _run_2d(
+        flashinfer_mxfp8_linear,
+        input,
+        weight,
+        weight_scale,
+        input_scale,
+        bias,
+        settings,
     )
-    if bias is not None:
-        output += bias
-    return output.view(*input.shape[:-1], weight.shape[0])
 
 
-def _fake_bf16_linear(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+def _linear_scale(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The [M, K/32] scale of quantized input whose scale may be 1-D 128x4."""
+    m, k = input.shape
+    return scale if scale.dim() == 2 else unswizzle_scale(scale, m, k // GROUP_SIZE)
 
 
-@_register_mxfp8_op(_fake_bf16_linear)
-def mxfp8_bf16_matmul(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """input @ weight.T with the bf16 copy behind an e4m3 weight [N, K]; opaque, since
-    torch.compile must not see past the weight's view."""
-    output = torch.nn.functional.linear(
-        input.to(torch.bfloat16), dequantized_weight(weight)
+@_register_mxfp8_op(_fake_linear)
+def triton_mxfp8_linear(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    input_scale: Optional[torch.Tensor],
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """[M, K] @ [N, K].T on upstream's Triton kernel, as one op."""
+    if input.shape[0] == 0:
+        return input.new_empty((0, weight.shape[0]), dtype=out_dtype)
+    if input_scale is not None:
+        input_scale = _linear_scale(input, input_scale)
+    return triton_mxfp8_blockscaled_linear(
+        input.contiguous(), weight, weight_scale, input_scale, output_dtype=out_dtype
     )
-    return output.to(input.dtype)
 
 
+@_register_mxfp8_op(_fake_linear)
 def bf16_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    input_scale: Optional[torch.Tensor] = None,
-    bias: Optional[torch.Tensor] = None,
+    input_scale: Optional[torch.Tensor],
+    out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """input @ weight.T + bias with the layer's dequantized weight; activations stay bf16.
+    """[M, K] @ [N, K].T with the bf16 copy behind an e4m3 weight; activations stay bf16.
 
-    Args:
-        input: [..., K] bf16 or fp16; or e4m3 [M, K] with `input_scale`.
-        weight: e4m3 [N, K] of a layer whose kernel form is bf16.
-        weight_scale: not read.
-        input_scale: for pre-quantized input: uint8 [M, K/32].
-        bias: [N], or None.
-
-    Returns [..., N] in the input's dtype, bf16 for pre-quantized input.
+    An op, since torch.compile must not see past the weight's view.
     """
     if input_scale is not None:
-        input = mxfp8_emulation.dequantize(input, input_scale).to(torch.bfloat16)
-    output = mxfp8_bf16_matmul(input, weight)
-    if bias is not None:
-        output += bias
-    return output
+        scale = _linear_scale(input, input_scale)
+        input = mxfp8_emulation.dequantize(input, scale)
+    output = torch.nn.functional.linear(
+        input.to(torch.bfloat16), dequantized_weight(weight)
+    )
+    return output.to(out_dtype)

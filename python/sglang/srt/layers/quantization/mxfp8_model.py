@@ -15,7 +15,11 @@ from typing import Callable, Dict, Iterable, List, Optional, Tuple
 import torch
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
-from sglang.srt.layers.quantization.fp8_utils import mxfp8_kernels_available
+from sglang.srt.layers.quantization.mxfp8_routing import (
+    ANY_M,
+    Mxfp8LinearChoice,
+    mxfp8_kernels_missing,
+)
 from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck, UpdateRefused
 from sglang.srt.layers.quantization.mxfp8_weights import (
     Mxfp8LinearWeights,
@@ -304,19 +308,36 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
 
 
 def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
-    if layers[0].backend.is_flashinfer() and not mxfp8_kernels_available():
+    emulated = [
+        weights.backend
+        for weights in layers
+        if weights.backend.is_flashinfer() and mxfp8_kernels_missing(weights.backend)
+    ]
+    if emulated:
         logger.warning(
-            "FlashInfer's MXFP8 kernels cannot run here: they are emulated in torch "
-            "(SGLANG_MXFP8_EMULATION=1), slowly."
+            f"The MXFP8 kernels of {emulated[0].value} cannot run here: they are "
+            "emulated in torch (SGLANG_MXFP8_EMULATION=1), slowly."
         )
-    groups: Dict[tuple, List[Mxfp8LinearWeights]] = {}
+    groups: Dict[Mxfp8LinearChoice, List[Mxfp8LinearWeights]] = {}
     for weights in layers:
-        groups.setdefault((weights.backend, weights.reason), []).append(weights)
-    for (backend, reason), members in groups.items():
-        kinds = {w.name.split(".")[-1]: tuple(w.layer.weight.shape) for w in members}
-        listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items())
-        log_info_on_rank0(
-            logger,
-            f"MXFP8: {len(members)} linear layers on {backend.value} ({listed})"
-            + (f": {reason}" if reason else ""),
+        groups.setdefault(weights.choice, []).append(weights)
+    parts = [_describe(choice, members) for choice, members in groups.items()]
+    log_info_on_rank0(logger, f"MXFP8 linear layers: {'; '.join(parts)}")
+    options = layers[0].layer.quant_method.mxfp8_options
+    unmatched = options.unmatched_patterns([w.layer.prefix for w in layers])
+    if unmatched:
+        logger.warning(
+            f"SGLANG_MXFP8_LINEAR_BACKEND: no MXFP8 layer matches {', '.join(unmatched)}"
         )
+
+
+def _describe(choice: Mxfp8LinearChoice, members: List[Mxfp8LinearWeights]) -> str:
+    kinds = {w.name.split(".")[-1]: tuple(w.layer.weight.shape) for w in members}
+    listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items())
+    layout = ""
+    if choice.backend.is_flashinfer_trtllm():
+        up_to = choice.max_m_8x4
+        layout = f", 8x4 scales up to M = {up_to}" if up_to else ", 128x4 scales"
+        layout = ", 8x4 scales" if up_to == ANY_M else layout
+    because = f" since {choice.reason}" if choice.reason else ""
+    return f"{len(members)} on {choice.backend.value}{layout} ({listed}){because}"

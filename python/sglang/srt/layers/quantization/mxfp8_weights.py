@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
 
-from sglang.srt.layers.quantization.fp8_utils import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8_layout import (
     GROUP_SIZE,
@@ -31,6 +30,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     unswizzle_scale,
     unswizzle_scale_,
 )
+from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearChoice
 
 WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
@@ -58,8 +58,7 @@ class Mxfp8LinearWeights:
 
     Args:
         layer: owns `weight` (e4m3 [N, K]) and `weight_scale_inv` (uint8 [N, K/32]).
-        backend: what the layer runs on; fixes the kernel form.
-        reason: why it does not run on the backend that was asked for, or "".
+        choice: what the layer runs on; its backend fixes the kernel form.
         quantize_on_load: loaded weights are bf16/fp16/fp32 and are quantized here.
 
     Attributes:
@@ -71,13 +70,12 @@ class Mxfp8LinearWeights:
     def __init__(
         self,
         layer: torch.nn.Module,
-        backend: Mxfp8LinearBackend,
-        reason: str,
+        choice: Mxfp8LinearChoice,
         quantize_on_load: bool,
     ) -> None:
         self.layer = layer
-        self.backend = backend
-        self.reason = reason
+        self.choice = choice
+        self.backend = choice.backend
         self.quantize_on_load = quantize_on_load
         self.in_kernel_form = False
         self.broken_by: Optional[Exception] = None

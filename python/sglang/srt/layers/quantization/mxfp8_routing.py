@@ -1,0 +1,378 @@
+"""Which kernel runs an MXFP8 linear layer: decided here, and nowhere else.
+
+Once per server, `resolve_mxfp8_linear_backend` turns the server flag, the environment
+and the device into Mxfp8LinearOptions. Once per layer, `select_mxfp8_linear_backend`
+turns those and the layer's shape into an Mxfp8LinearChoice. A call is left with one
+comparison: M <= choice.max_m_8x4.
+"""
+
+import importlib.metadata
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Dict, List, Mapping, Optional, Tuple
+
+import torch
+from packaging.version import Version
+
+from sglang.srt.environ import envs
+from sglang.srt.utils import (
+    get_device_capability,
+    get_device_name,
+    is_cuda,
+    is_flashinfer_available,
+    is_sm100_supported,
+)
+
+logger = logging.getLogger(__name__)
+
+MIN_FLASHINFER = "0.6.7"
+ANY_M = 2**31 - 1
+SF_LAYOUTS = ("auto", "8x4", "128x4")
+CONFIG_DIR = os.path.join(os.path.dirname(__file__), "configs", "mxfp8")
+
+
+class Mxfp8LinearBackend(Enum):
+    """What one MXFP8 linear layer runs on; in the order in which one stands in for
+    another."""
+
+    FLASHINFER_TRTLLM = "flashinfer_trtllm"
+    FLASHINFER_CUTLASS = "flashinfer_cutlass"
+    TRITON = "triton"
+    BF16 = "bf16"
+
+    def is_flashinfer_trtllm(self) -> bool:
+        return self == Mxfp8LinearBackend.FLASHINFER_TRTLLM
+
+    def is_flashinfer(self) -> bool:
+        return self in _FLASHINFER_GPUS
+
+    def is_bf16(self) -> bool:
+        return self == Mxfp8LinearBackend.BF16
+
+
+_FALLBACKS = tuple(Mxfp8LinearBackend)
+TRTLLM, CUTLASS, TRITON, BF16 = _FALLBACKS
+# Compute capabilities that FlashInfer's mm_mxfp8 declares, 0.6.7.post3.
+_FLASHINFER_GPUS = {
+    TRTLLM: {(10, 0): "SM100", (10, 3): "SM103"},
+    CUTLASS: {(10, 0): "SM100", (10, 3): "SM103", (11, 0): "SM110"},
+}
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """What was measured to be fastest for one shape on one GPU.
+
+    Attributes:
+        max_m_8x4: the largest M for which the 8x4 activation-scale layout was faster.
+        backend: that of the layer, or None to leave it to the flag.
+    """
+
+    max_m_8x4: int
+    backend: Optional[Mxfp8LinearBackend] = None
+
+
+@dataclass(frozen=True)
+class Mxfp8LinearOptions:
+    """What this server can run, and what it was asked for.
+
+    Attributes:
+        preferred: the backend that a layer gets if it can.
+        available: all that run here, emulated ones included; bf16 always does.
+        is_auto: the flag left the backend open, so a tuned table may choose it.
+        forced: (pattern, backend), the first match wins over everything else.
+        sf_layout: "auto", "8x4" or "128x4".
+        tuned: by (N, K).
+    """
+
+    preferred: Mxfp8LinearBackend
+    available: Tuple[Mxfp8LinearBackend, ...]
+    is_auto: bool = False
+    forced: Tuple[Tuple[str, Mxfp8LinearBackend], ...] = ()
+    sf_layout: str = "auto"
+    tuned: Mapping[Tuple[int, int], TunedLayer] = field(default_factory=dict)
+
+    def unmatched_patterns(self, prefixes: List[str]) -> List[str]:
+        """Patterns of SGLANG_MXFP8_LINEAR_BACKEND that no layer's prefix matches."""
+        return [
+            pattern
+            for pattern, _ in self.forced
+            if not any(_matches(prefix, pattern) for prefix in prefixes)
+        ]
+
+
+@dataclass(frozen=True)
+class Mxfp8LinearChoice:
+    """What one layer runs on.
+
+    Attributes:
+        reason: why it is not the preferred backend, or "".
+        max_m_8x4: calls with M up to it use 8x4 activation scales; 0 for none.
+    """
+
+    backend: Mxfp8LinearBackend
+    reason: str = ""
+    max_m_8x4: int = 0
+
+
+def mxfp8_kernels_missing(backend: Mxfp8LinearBackend) -> str:
+    """What this machine lacks to run `backend`'s kernels, or ""."""
+    if backend == TRITON:
+        runs = is_cuda() and is_sm100_supported()
+        return "" if runs else "an SM100 or SM103 GPU"
+    missing, gpus = [], _FLASHINFER_GPUS[backend]
+    if not is_cuda() or get_device_capability() not in gpus:
+        missing.append(f"an {' or '.join(gpus.values())} GPU")
+    found = flashinfer_version()
+    if found is None or Version(found) < Version(MIN_FLASHINFER):
+        missing.append(f"flashinfer_python >= {MIN_FLASHINFER} (found {found})")
+    elif is_cuda() and not is_flashinfer_available():
+        missing.append("SGLANG_IS_FLASHINFER_AVAILABLE=true")
+    return " and ".join(missing)
+
+
+def flashinfer_version() -> Optional[str]:
+    try:
+        return importlib.metadata.version("flashinfer_python")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def resolve_mxfp8_linear_backend(flag: str) -> Mxfp8LinearOptions:
+    """What `--fp8-gemm-backend flag` and the environment mean on this machine.
+
+    `auto` is the first of flashinfer_trtllm, flashinfer_cutlass and triton that runs
+    here. Raises ValueError for a flag or an environment variable that means nothing for
+    MXFP8, RuntimeError naming what is missing where this machine cannot run the flag.
+    """
+    kernels = (TRTLLM, CUTLASS, TRITON)
+    missing = {backend: mxfp8_kernels_missing(backend) for backend in kernels}
+    emulated = envs.SGLANG_MXFP8_EMULATION.get()
+    available = tuple(
+        b for b in kernels if not missing[b] or (emulated and b.is_flashinfer())
+    )
+    if flag not in ("auto", *(backend.value for backend in kernels)):
+        raise ValueError(
+            f"--fp8-gemm-backend={flag} has no MXFP8 linear; choose "
+            "flashinfer_trtllm, flashinfer_cutlass, triton or auto."
+        )
+    # A machine with kernels does not emulate unless it is told what to emulate.
+    runs = [b for b in kernels if not missing[b]] or available
+    asked = Mxfp8LinearBackend(flag) if flag != "auto" else next(iter(runs), TRTLLM)
+    if asked not in available:
+        raise _cannot_run(flag, missing[asked])
+    return Mxfp8LinearOptions(
+        preferred=asked,
+        available=available,
+        is_auto=flag == "auto",
+        forced=_parse_forced(envs.SGLANG_MXFP8_LINEAR_BACKEND.get(), available),
+        sf_layout=_parse_sf_layout(envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.get()),
+        tuned=tuned_layers(
+            envs.SGLANG_MXFP8_CONFIG_DIR.get() or CONFIG_DIR,
+            get_device_name() or "cpu",
+            flashinfer_version(),
+        ),
+    )
+
+
+def _cannot_run(flag: str, missing: str) -> RuntimeError:
+    device = torch.cuda.get_device_name() if is_cuda() else "a device without CUDA"
+    return RuntimeError(
+        f"--fp8-gemm-backend={flag} cannot serve an MXFP8 model on {device}: it needs "
+        f"{missing}. To run flashinfer_trtllm or flashinfer_cutlass without the kernels, "
+        "slowly, set SGLANG_MXFP8_EMULATION=1."
+    )
+
+
+def _parse_forced(
+    text: str, available: Tuple[Mxfp8LinearBackend, ...]
+) -> Tuple[Tuple[str, Mxfp8LinearBackend], ...]:
+    forced = []
+    choices = {backend.value: backend for backend in (*available, BF16)}
+    for item in filter(None, map(str.strip, text.split(","))):
+        pattern, _, name = item.partition("=")
+        if not pattern or name not in choices:
+            raise ValueError(
+                f"SGLANG_MXFP8_LINEAR_BACKEND: {item!r} is not PATTERN=BACKEND with one "
+                f"of the backends that run here: {', '.join(choices)}"
+            )
+        forced.append((pattern, choices[name]))
+    return tuple(forced)
+
+
+def _parse_sf_layout(text: str) -> str:
+    if text not in SF_LAYOUTS:
+        raise ValueError(
+            f"SGLANG_MXFP8_TRTLLM_SF_LAYOUT={text!r} is none of {', '.join(SF_LAYOUTS)}"
+        )
+    return text
+
+
+def select_mxfp8_linear_backend(
+    options: Mxfp8LinearOptions, n: int, k: int, dtype: torch.dtype, prefix: str = ""
+) -> Mxfp8LinearChoice:
+    """What the layer `prefix` runs on.
+
+    Args:
+        n, k: output and input size of this rank's weight [N, K].
+        dtype: the model's activation dtype.
+
+    Raises ValueError where SGLANG_MXFP8_LINEAR_BACKEND names a backend for the layer
+    that does not take it.
+    """
+    tuned = options.tuned.get((n, k))
+    first, reasons = options.preferred, []
+    forced = next((p for p in options.forced if _matches(prefix, p[0])), None)
+    if forced is not None:
+        pattern, first = forced
+        reasons.append(f"SGLANG_MXFP8_LINEAR_BACKEND has {pattern}={first.value}")
+    elif options.is_auto and tuned and tuned.backend in options.available:
+        first = tuned.backend
+        reasons.append("the tuned table of this GPU says so")
+    if first == options.preferred:
+        reasons.clear()
+    backend, refusals = _first_that_takes(first, options.available, n, k, dtype)
+    if forced is not None and backend != first:
+        raise ValueError(
+            f"SGLANG_MXFP8_LINEAR_BACKEND has {forced[0]}={first.value}, but {prefix} "
+            f"[{n}, {k}] cannot run on it: {'; '.join(refusals)}"
+        )
+    reason = "; ".join(reasons + refusals)
+    return Mxfp8LinearChoice(backend, reason, _max_m_8x4(options, backend, n, tuned))
+
+
+def _matches(prefix: str, pattern: str) -> bool:
+    """`down_proj`, `mlp.*`, `model.layers.0.*`: a glob of the prefix's last parts."""
+    return fnmatchcase(f".{prefix}", f"*.{pattern}")
+
+
+def _first_that_takes(
+    first: Mxfp8LinearBackend,
+    available: Tuple[Mxfp8LinearBackend, ...],
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tuple[Mxfp8LinearBackend, List[str]]:
+    refusals: List[str] = []
+    for backend in _FALLBACKS[_FALLBACKS.index(first) :]:
+        if backend == BF16:
+            break
+        if backend not in available:
+            continue
+        refusal = _REFUSALS[backend](n, k, dtype)
+        if refusal is None:
+            return backend, refusals
+        if refusal not in refusals:
+            refusals.append(refusal)
+    return BF16, refusals
+
+
+def _trtllm_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
+    if dtype != torch.bfloat16:
+        return f"trtllm writes bf16 only, not {dtype}"
+    if k % 256 != 0:
+        return f"K = {k} is not a multiple of 256 (trtllm)"
+    return _cutlass_refusal(n, k, dtype)
+
+
+def _cutlass_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype} activations cannot be quantized"
+    if n < 128 or k < 128:
+        return f"[{n}, {k}] is smaller than 128 x 128"
+    if n % 32 != 0:
+        return f"N = {n} is not a multiple of 32"
+    return None
+
+
+def _triton_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
+    if n % 128 != 0 or k % 128 != 0:
+        return f"[{n}, {k}] is not in multiples of 128 (triton)"
+    return None
+
+
+_REFUSALS = {
+    TRTLLM: _trtllm_refusal,
+    CUTLASS: _cutlass_refusal,
+    TRITON: _triton_refusal,
+}
+
+
+def _max_m_8x4(
+    options: Mxfp8LinearOptions,
+    backend: Mxfp8LinearBackend,
+    n: int,
+    tuned: Optional[TunedLayer],
+) -> int:
+    """The largest M for which trtllm's activation scales are 8x4.
+
+    By default 128 for N <= 2560 and 0 otherwise: on a GB200, 8x4 was faster for
+    (N, K) = (2304, 8192) and (2560, 8192) up to M = 128, and 128x4 for N >= 8192 at every
+    M (vllm-project/vllm#52275). Between 2560 and 8192 nothing is published, and sglang's
+    128x4 stays.
+    """
+    # FlashInfer then expects the weight's scale in the 8x4 layout's length.
+    if backend != TRTLLM or n % 128 != 0 or options.sf_layout == "128x4":
+        return 0
+    if options.sf_layout == "8x4":
+        return ANY_M
+    if tuned:
+        return tuned.max_m_8x4
+    return 128 if n <= 2560 else 0
+
+
+def config_file(device_name: str) -> str:
+    """Name of the file that holds the tuned table of a GPU."""
+    return f"device_name={device_name.replace(' ', '_')}.json"
+
+
+@lru_cache(maxsize=None)
+def tuned_layers(
+    directory: str, device_name: str, flashinfer: Optional[str]
+) -> Mapping[Tuple[int, int], TunedLayer]:
+    """The table that tune_mxfp8_layout.py measured on this GPU, by (N, K).
+
+    Empty without one; a wrong or stale one is ignored with a warning.
+    """
+    path = os.path.join(directory, config_file(device_name))
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path) as file:
+            layers = _parse_table(json.load(file), device_name, flashinfer)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning(
+            f"Ignored the tuned MXFP8 table {path}: {error}. Measure it again with "
+            "tune_mxfp8_layout.py, or remove it."
+        )
+        return {}
+    logger.info(f"MXFP8 linear layers of {len(layers)} shapes are tuned by {path}")
+    return layers
+
+
+def _parse_table(
+    table: dict, device_name: str, flashinfer: Optional[str]
+) -> Dict[Tuple[int, int], TunedLayer]:
+    if table.get("rehearsal"):
+        raise ValueError("it is a rehearsal, and measured no kernel of FlashInfer")
+    for key, here in (("device_name", device_name), ("flashinfer", flashinfer)):
+        if table[key] != here:
+            raise ValueError(f"it is for {key} {table[key]!r}, this is {here!r}")
+    layers = {}
+    for shape, entry in table["layers"].items():
+        match = re.fullmatch(r"N=(\d+),K=(\d+)", shape)
+        if match is None:
+            raise ValueError(f"{shape!r} is not N=...,K=...")
+        layer = TunedLayer(**entry)
+        if type(layer.max_m_8x4) is not int or layer.max_m_8x4 < 0:
+            raise ValueError(f"{shape}: max_m_8x4 is {layer.max_m_8x4!r}")
+        if layer.backend is not None:
+            layer = TunedLayer(layer.max_m_8x4, Mxfp8LinearBackend(layer.backend))
+        layers[int(match[1]), int(match[2])] = layer
+    return layers
