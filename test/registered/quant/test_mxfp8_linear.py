@@ -1,6 +1,5 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
-import threading
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -25,7 +24,10 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     swizzle_scale,
     swizzled_scale_numel,
 )
-from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
+from sglang.srt.layers.quantization.mxfp8_model import (
+    as_mxfp8_raw_loader,
+    load_mxfp8_model,
+)
 from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8_weights import deferred_processing
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -58,6 +60,12 @@ def build(n, k, backend="flashinfer_trtllm", cls=ReplicatedLinear, **kwargs):
 def load(layer, weight, scale, *shard_id):
     layer.weight.weight_loader(layer.weight, weight, *shard_id)
     layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
+
+
+def named(i, weight, scale):
+    """A layer's tensors as the checkpoint of `TestLoading.load_model` names them."""
+    layer = f"layers.{i}"
+    return [(f"{layer}.weight", weight), (f"{layer}.weight_scale_inv", scale)]
 
 
 def process(layer):
@@ -250,6 +258,7 @@ class TestLayerLife(MXFP8TestCase):
         process(layer)
         layer.quant_method.restore_weights_before_loading(layer)
         self.assertTrue(same_bytes(layer.weight, values))
+        self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
 
     def test_mxfp8_quantizes_without_triton_kernels(self):
         x = torch.randn(4, 64).bfloat16()
@@ -369,17 +378,23 @@ class TestLoading(MXFP8TestCase):
         online = build(256, 512, serialized=False)
         with self.assertRaisesRegex(ValueError, "quantizes bf16, fp16 or fp32"):
             load(online, values, scale)
+        with self.assertRaisesRegex(ValueError, "makes the scales itself"):
+            online.weight_scale_inv.weight_loader(online.weight_scale_inv, scale)
 
     def load_model(self, *layers, tensors=()):
-        """A model of these layers after its loader wrote `tensors`: (layer, weight, scale)."""
+        """A model of these layers after its loader wrote `tensors`, as `named` gives them."""
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList(layers)
-        model.load_weights = lambda weights: [
-            load(model.layers[i], *written) for i, *written in weights
-        ]
+
+        def load_weights(weights):
+            for name, tensor in weights:
+                param = model.get_parameter(name)
+                param.weight_loader(param, tensor)
+
+        model.load_weights = load_weights
         loader = mock.Mock()
         loader.load_config = LoadConfig()
-        loader.load_model = lambda **_: model.load_weights(tensors) and model or model
+        loader.load_model = lambda **_: model.load_weights(tensors) or model
         return load_mxfp8_model(loader, None, None)
 
     def test_a_layer_without_scales_stops_the_load_by_name(self):
@@ -389,7 +404,7 @@ class TestLoading(MXFP8TestCase):
         with self.assertRaisesRegex(
             ValueError, "1 MXFP8 tensors: layers.1.weight_scale_inv"
         ):
-            self.load_model(full, bare, tensors=[(0, weight, scale)])
+            self.load_model(full, bare, tensors=named(0, weight, scale))
 
     def test_a_load_past_the_loaders_is_left_alone(self):
         layer = build(256, 512)
@@ -398,12 +413,12 @@ class TestLoading(MXFP8TestCase):
 
     def test_raw_bytes_written_while_loading_are_checkpoint_bytes(self):
         """As dummy, sharded-state, remote key-value and NCCL loads do: process, then write."""
-        layer = build(160, 512)
         _, weight, scale = random_mxfp8(160, 512)
         loader = mock.Mock()
         loader.load_config = LoadConfig()
 
         def load_model(**_):
+            layer = build(160, 512)
             process(layer)
             layer.weight.data.copy_(weight)
             layer.weight_scale_inv.data.copy_(scale)
@@ -413,7 +428,7 @@ class TestLoading(MXFP8TestCase):
         with mock.patch.object(
             torch.nn.ModuleList, "load_weights", lambda *_: None, create=True
         ):
-            load_mxfp8_model(loader, None, None)
+            (layer,) = load_mxfp8_model(loader, None, None)
         x = torch.randn(3, 512).bfloat16()
         expected = reference_linear(x, weight, scale).bfloat16()
         torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
@@ -433,25 +448,63 @@ class TestLoading(MXFP8TestCase):
         self.assertRegex(text, "bf16 .tiny .*smaller than 128")
         self.assertIn("emulated in torch", text)
 
-    def test_another_threads_load_does_not_hold_up_this_ones(self):
-        layer = build(256, 512)
+    def test_a_load_holds_its_own_layers_and_no_others(self):
+        served = build(256, 512)
         with deferred_processing():
-            thread = threading.Thread(target=process, args=(layer,))
-            thread.start()
-            thread.join()
-        self.assertTrue(layer.mxfp8_weights.in_kernel_form)
+            loading = build(256, 512)
+            with ThreadPoolExecutor() as pool:
+                for layer in served, loading:
+                    pool.submit(process, layer).result()
+        self.assertTrue(served.mxfp8_weights.in_kernel_form)
+        self.assertFalse(loading.mxfp8_weights.in_kernel_form)
+
+    def test_a_custom_loader_may_use_threads(self):
+        layers = build(256, 512), build(160, 512)
+        model = self.load_model(*layers)
+        tensors = [random_mxfp8(*layer.weight.shape, seed=3)[1:] for layer in layers]
+
+        def custom_loader(model, _):
+            with ThreadPoolExecutor() as pool:
+                pool.submit(model.load_weights, named(0, *tensors[0])).result()
+            layers[1].weight.data.copy_(tensors[1][0])
+            layers[1].weight_scale_inv.data.copy_(tensors[1][1])
+
+        as_mxfp8_raw_loader(custom_loader)(model, [])
+        for layer, (weight, scale) in zip(layers, tensors):
+            x = torch.randn(3, 512).bfloat16()
+            expected = reference_linear(x, weight, scale).bfloat16()
+            torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
+
+    def test_other_models_are_left_alone(self):
+        model = torch.nn.Linear(2, 2)
+        written = mock.Mock()
+        as_mxfp8_raw_loader(written)(model, [])
+        written.assert_called_once_with(model, [])
+
+    def test_a_bf16_layer_multiplies_by_its_update(self):
+        layer = build(40, 512)  # too small for any MXFP8 kernel
+        model = self.load_model(layer)
+        self.assertEqual(layer.mxfp8_weights.backend, BF16)
+        for seed in range(2):
+            _, weight, scale = random_mxfp8(40, 512, seed)
+            model.load_weights(named(0, weight, scale))
+            x = torch.randn(3, 512).bfloat16()
+            expected = reference_linear(x, weight, scale, quantize_input=False)
+            torch.testing.assert_close(
+                layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
+            )
 
     def test_a_layer_left_half_rearranged_is_never_used(self):
         layers = build(256, 512), build(256, 512)
-        tensors = [(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
-        model = self.load_model(*layers, tensors=tensors)
+        tensors = [named(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
+        model = self.load_model(*layers, tensors=tensors[0] + tensors[1])
         x = torch.randn(3, 512).bfloat16()
         before = layers[1](x)[0]
         with mock.patch.object(
             mxfp8_weights, "shuffle_rows_", side_effect=[MemoryError, mock.DEFAULT]
         ):
             with self.assertRaises(MemoryError):
-                model.load_weights([tensors[0]])
+                model.load_weights(tensors[0])
         with self.assertRaisesRegex(RuntimeError, "layers.0 .*half rearranged"):
             layers[0](x)
         self.assertTrue(torch.equal(layers[1](x)[0], before))

@@ -20,6 +20,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
+from sglang.srt.layers.quantization.mxfp8_update_check import run_weight_update
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -197,9 +198,31 @@ def run_rank(rank: int, port: int, path: str) -> None:
         update = tiny_llama_tensors(seed=1, **CHANGES)
         model.load_weights(update.items())
         assert_computes(model, update)
+        other = tiny_llama_tensors(seed=2, **CHANGES)
+        update |= {n: t for n, t in other.items() if "k_proj" in n}
         model.load_weights((n, t) for n, t in update.items() if "k_proj" in n)
         assert_computes(model, update)
+        assert_refused_everywhere(model, rank, other)
+        assert_computes(model, update)
     torch.distributed.destroy_process_group()
+
+
+def assert_refused_everywhere(model, rank: int, tensors: dict) -> None:
+    """What one rank refuses, or fails to read, neither writes."""
+    group = parallel_state.get_tp_group().cpu_group
+    name = "model.layers.1.mlp.down_proj.weight"
+    bad = {**tensors, name: tensors[name].bfloat16()}
+
+    def lost():
+        raise EOFError("lost on rank 1")
+
+    for on_rank_1, reason in (
+        (lambda: model.load_weights(bad.items()), "got torch.bfloat16"),
+        (lost, "lost on rank 1"),
+    ):
+        update = on_rank_1 if rank else lambda: model.load_weights(tensors.items())
+        success, message = run_weight_update(group, update)
+        assert not success and reason in message, message
 
 
 def assert_computes(model: torch.nn.Module, tensors: dict) -> None:

@@ -224,16 +224,21 @@ class TestReaders(CustomTestCase):
                 )
 
     def test_raw_writes_remake_what_was_read(self):
-        """By direct and custom loaders; kimi_linear has no post_load_weights."""
-        for read in read_deepseek, read_kimi_linear:
-            with self.subTest(read.__name__):
+        """By direct and custom loaders. A multimodal model's reader is its child's;
+        kimi_linear has no post_load_weights."""
+        for reader in "own", "child's", "load_weights":
+            with self.subTest(reader):
                 attn = attention()
                 load(attn, seed=0)
                 model = torch.nn.Module()
                 model.kv_b_proj = attn.kv_b_proj
-                if read is read_deepseek:
-                    model.post_load_weights = lambda: read_deepseek(attn)
-                model.load_weights = lambda _: read_kimi_linear(attn)
+                model.language_model = torch.nn.Module()
+                owner = model.language_model if reader == "child's" else model
+                owner.post_load_weights = lambda: read_deepseek(attn)
+                model.load_weights = lambda _: None
+                if reader == "load_weights":
+                    del owner.post_load_weights
+                    model.load_weights = lambda _: read_kimi_linear(attn)
                 loader = mock.Mock(load_config=LoadConfig())
                 loader.load_model.return_value = model
                 hf_config = SimpleNamespace(architectures=["Tiny"])
@@ -506,25 +511,35 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
         self.assert_logprobs(served, mixed, PROMPT.tolist())
         self.assertFalse(torch.equal(served, self.at_start))
 
-    def test_half_of_a_fused_layer_is_refused(self):
+    def test_half_of_a_fused_layer_keeps_the_other(self):
         self.update(self.paths[0])
-        tensors = load_file(os.path.join(self.paths[1], "model.safetensors"))
+        tensors = [
+            load_file(os.path.join(path, "model.safetensors")) for path in self.paths
+        ]
+        expected = copy.deepcopy(self.models[0])
         for half in "q_a_proj", "kv_a_proj_with_mqa":
-            name = f"model.layers.0.self_attn.{half}.weight"
-            response = requests.post(
-                f"{self.base_url}/update_weights_from_tensor",
-                json={
-                    "serialized_named_tensors": [
-                        MultiprocessingSerializer.serialize(
-                            [(name, tensors[name])], output_str=True
-                        )
-                    ],
-                },
-                timeout=120,
-            )
-            self.assertFalse(response.json()["success"])
-            self.assertRegex(response.text, f"{half}.weight came without its")
-            self.assertIn("Nothing was written", response.text)
+            name = f"model.layers.0.self_attn.{half}"
+            # Alone too: a bucket may part a weight and its scale.
+            for key in f"{name}.weight", f"{name}.weight_scale_inv":
+                response = requests.post(
+                    f"{self.base_url}/update_weights_from_tensor",
+                    json={
+                        "serialized_named_tensors": [
+                            MultiprocessingSerializer.serialize(
+                                [(key, tensors[1][key])], output_str=True
+                            )
+                        ],
+                        "flush_cache": True,
+                    },
+                    timeout=120,
+                )
+                self.assertTrue(response.json()["success"], response.text)
+            linear, other = (m.get_submodule(name) for m in (expected, self.models[1]))
+            linear.weight.data = other.weight.data
+            served = prompt_logprobs(self.base_url, PROMPT.tolist())
+            self.assert_logprobs(served, expected, PROMPT.tolist())
+        self.assertFalse(torch.equal(served, self.at_start))
+        self.update(self.paths[0])
         served = prompt_logprobs(self.base_url, PROMPT.tolist())
         self.assertTrue(torch.equal(served, self.at_start))
 

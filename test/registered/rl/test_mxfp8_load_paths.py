@@ -237,8 +237,10 @@ class TestDiskUpdateFormats(LoadPathTestCase):
         def refusal():
             return check_mxfp8_disk_update(model, config, directory, "pt")
 
-        torch.save(self.tensors[1], file)
+        torch.save({**self.tensors[1], "epoch": 3}, file)
         self.assertIsNone(refusal())
+        torch.save({}, file)
+        self.assertRegex(refusal(), "takes nothing of 0 tensors")
         name = "model.layers.1.mlp.down_proj.weight"
         for change, reason in (
             ({name: self.tensors[1][name].bfloat16()}, "got torch.bfloat16"),

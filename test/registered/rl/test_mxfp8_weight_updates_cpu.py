@@ -261,7 +261,14 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                 result = self.update_from_tensor({**good, weight: tensor})
                 self.assert_refused(result, message)
         norm = {**good, "model.norm.weight": torch.ones(7).bfloat16()}
-        self.assert_refused(self.update_from_tensor(norm), "7|size|shape|refused|.+")
+        self.assert_refused(self.update_from_tensor(norm), r"\(7,\).*\[512\]")
+        scale = f"{weight}_scale_inv"
+        renamed = {weight: good[weight], f"{weight}_scale": good[scale]}
+        self.assert_refused(
+            self.update_from_tensor(renamed), "is called weight_scale_inv"
+        )
+        in_bf16 = {"model.norm.weight": good[weight][0].contiguous()}
+        self.assert_refused(self.update_from_tensor(in_bf16), "is not quantized here")
         # A trainer may send what another stage or a draft model takes.
         self.assertTrue(
             self.update_from_tensor({"model.no_such.weight": good[weight]})["success"]

@@ -4,7 +4,7 @@ ModelRunner.load_model
     thread: sgl-project/sglang#22484
     until: upstream has restore_weights_before_loading
 
-ModelRunner.update_weights_from_disk, ModelRunner._roll_back_to
+ModelRunner.update_weights_from_disk, ModelRunner._weights_served_from
     why: a checkpoint is checked before a byte is written, and a failed update rolls back to the checkpoint last served from disk, not to the new path
     until: upstream checks updates
 
@@ -32,14 +32,15 @@ from sglang.srt.layers.quantization.mxfp8_model import (
     in_mxfp8_checkpoint_form,
     load_mxfp8_model,
     load_mxfp8_tensors_directly,
-    what_was_written,
 )
+from sglang.srt.layers.quantization.mxfp8_update_check import what_was_written
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
+        DefaultModelLoader,
         DeviceConfig,
-        ModelConfig,
         dynamic_import,
+        get_model_loader,
         logger,
     )
 
@@ -62,12 +63,15 @@ class ModelRunner:
 
     @splice(within="except Exception as e")
     def update_weights_from_disk(self):
-        iter = get_weight_iter(self._roll_back_to(served_path))
+        iter = self._weights_served_from(served_path)
 
-    def _roll_back_to(self, model_path: str) -> ModelConfig:
+    def _weights_served_from(self, model_path: str):
+        """What the server last read from disk, in the format in which it did."""
         logger.warning(f"Going back to {model_path}: weights pushed since are lost.")
         self.model_config.model_path = model_path
-        return self.model_config
+        loader = get_model_loader(self.load_config, self.model_config)
+        source = DefaultModelLoader.Source.init_new(self.model_config, self.model)
+        return loader._get_weights_iterator(source)
 
     @splice
     def update_weights_from_distributed(self):

@@ -20,7 +20,15 @@ from sglang.srt.layers.quantization.mxfp8_routing import (
     Mxfp8LinearChoice,
     mxfp8_kernels_missing,
 )
-from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck, UpdateRefused
+from sglang.srt.layers.quantization.mxfp8_update_check import (
+    A_PROJ_HALVES,
+    FUSED_A_PROJ,
+    UpdateCheck,
+    UpdateRefused,
+    agree_to_write,
+    other_half,
+    refuse_as_values,
+)
 from sglang.srt.layers.quantization.mxfp8_weights import (
     Mxfp8LinearWeights,
     deferred_processing,
@@ -58,13 +66,15 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
     for weights in layers:
         weights.check_parameters()
         weights.fixed_shapes = True
+        weights.held = False
         weights.to_kernel_form()
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
+    quant_config = layers[0].layer.quant_method.quant_config
     model.mxfp8_update_check = UpdateCheck(
-        layers, _meta_model_builder(loader, model_config)
+        layers, _meta_model_builder(loader, model_config, quant_config)
     )
-    model.load_weights = _managed(model.load_weights, model.mxfp8_update_check, layers)
+    model.load_weights = _managed(model, model.mxfp8_update_check, layers)
     return model
 
 
@@ -87,6 +97,7 @@ def check_mxfp8_disk_update(
 
     if not has_mxfp8_layers(model):
         return None
+    refusal = None
     try:
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         # flash_rl would replace the parameters and model.load_weights for good.
@@ -102,15 +113,12 @@ def check_mxfp8_disk_update(
         )
         model.mxfp8_update_check.files(files, use_safetensors, name_filter)
     except Exception as error:
+        refusal = error
+    try:
+        agree_to_write(refusal)
+    except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
-
-
-def what_was_written(error: Exception) -> str:
-    """What a failed update left behind, for its message."""
-    if isinstance(error, UpdateRefused):
-        return "Nothing was written."
-    return "The weights may be partially updated: update all of them again."
 
 
 def has_mxfp8_layers(model: torch.nn.Module) -> bool:
@@ -126,11 +134,13 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
     layers = mxfp8_layers(model)
     _wait_for_kernels(layers)
     try:
-        with deferred_processing():
-            for weights in layers:
-                weights.to_checkpoint_form()
-            yield
+        for weights in layers:
+            weights.held = True
+            weights.to_checkpoint_form()
+        yield
     finally:
+        for weights in layers:
+            weights.held = False
         _all_to_kernel_form(layers)
 
 
@@ -151,8 +161,11 @@ def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
 
     @in_mxfp8_checkpoint_form
     def load(model: torch.nn.Module, named_tensors) -> None:
+        if has_mxfp8_layers(model):
+            agree_to_write(None)
         custom_loader(model, named_tensors)
-        model.mxfp8_remake_derived()
+        if has_mxfp8_layers(model):
+            model.mxfp8_remake_derived()
 
     return load
 
@@ -166,10 +179,12 @@ def load_mxfp8_tensors_directly(
     parameter takes its own dtype or the same bytes. Raises UpdateRefused, before
     anything is written, for an unknown name, another shape, or other bytes.
     """
+    writes, refusal = [], None
     try:
         writes = list(_direct_writes(model, named_tensors))
     except ValueError as error:
-        raise UpdateRefused(str(error)) from error
+        refusal = error
+    agree_to_write(refusal)
     with mxfp8_checkpoint_form(model):
         for name, tensor in writes:
             module, _, short = name.rpartition(".")
@@ -192,6 +207,7 @@ def _direct_writes(
         if id(param) in owners:
             short = name.rpartition(".")[2]
             tensor = owners[id(param)].as_bytes_of(param, short, tensor)
+        refuse_as_values(name, tensor.dtype, param.dtype)
         yield name, tensor.to(param.device, param.dtype)
 
 
@@ -199,27 +215,73 @@ def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
     """What an MLA model must do after raw writes: it keeps weights made of kv_b_proj's."""
     if not any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_layers(model)):
         return lambda: None
-    if hasattr(model, "post_load_weights"):
-        return functools.partial(post_load_weights, model, model_config)
-    # Kimi's models make them at the end of every load, even of nothing.
-    return functools.partial(model.load_weights, ())
+    makers = [m for m in model.modules() if hasattr(m, "post_load_weights")]
+    if not makers:  # Kimi-Linear makes them at the end of every load, even of nothing
+        return functools.partial(model.load_weights, ())
+
+    def remake() -> None:
+        for maker in makers:
+            post_load_weights(maker, model_config)
+
+    return remake
 
 
 def _managed(
-    load_weights: Callable, check: UpdateCheck, layers: List[Mxfp8LinearWeights]
+    model: torch.nn.Module, check: UpdateCheck, layers: List[Mxfp8LinearWeights]
 ) -> Callable:
+    load_weights = model.load_weights
+
     @functools.wraps(load_weights)
     def load_checked_weights(weights, *args, **kwargs):
-        if not inspect.isgenerator(weights):
-            weights = list(weights)
-            check.tensors(weights)
         _wait_for_kernels(layers)
         try:
+            if not inspect.isgenerator(weights):
+                weights = list(weights)
+                weights += _other_halves(model, dict(weights))
+                agree_to_write(_refusal_of(check.tensors, weights))
             return load_weights(weights, *args, **kwargs)
         finally:
             _all_to_kernel_form(layers)
 
     return load_checked_weights
+
+
+def _refusal_of(check: Callable, *args) -> Optional[Exception]:
+    try:
+        check(*args)
+    except Exception as refusal:
+        return refusal
+    return None
+
+
+def _other_halves(
+    model: torch.nn.Module, sent: Dict[str, torch.Tensor]
+) -> List[Tuple[str, torch.Tensor]]:
+    """What DeepSeek's loaders miss beside a half of a fused layer: the served other half,
+    as checkpoint bytes under its checkpoint name."""
+    lone = {
+        name: other
+        for name in sent
+        if (other := other_half(name)) is not None and other not in sent
+    }
+    if not lone:
+        return []
+    fused = {n: m for n, m in model.named_modules() if n.endswith(FUSED_A_PROJ)}
+    found = []
+    for name, other in lone.items():
+        layer, _, parameter = name.rpartition(".")
+        # From the layer's number on, a checkpoint and the model agree.
+        tail = layer[max(layer.rfind("layers."), 0) :].rpartition(".")[0]
+        owners = [
+            m for n, m in fused.items() if f".{n}".endswith(f".{tail}.{FUSED_A_PROJ}")
+        ]
+        if len(owners) == 1 and hasattr(owners[0], parameter):
+            if hasattr(owners[0], "mxfp8_weights"):
+                owners[0].mxfp8_weights.to_checkpoint_form()
+            whole, rows = getattr(owners[0], parameter).data, sent[name].shape[0]
+            first = f".{A_PROJ_HALVES[0]}." in name
+            found.append((other, (whole[rows:] if first else whole[:-rows]).clone()))
+    return found
 
 
 def _wait_for_kernels(layers: List[Mxfp8LinearWeights]) -> None:
@@ -241,16 +303,17 @@ def _all_to_kernel_form(layers: List[Mxfp8LinearWeights]) -> None:
         raise errors[0]
 
 
-def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
+def _meta_model_builder(
+    loader, model_config, quant_config
+) -> Callable[[], torch.nn.Module]:
     """Builds the model again on the meta device: its loaders and shapes, no memory."""
     from sglang.srt.model_loader.loader import (
-        _get_quantization_config,
         _initialize_model,
         set_default_torch_dtype,
     )
     from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
 
-    # Updates move model_config.model_path; the model stays the one that was loaded.
+    # Updates move model_config.model_path, and its files may go; the model stays.
     config, load_config = copy.copy(model_config), loader.load_config
 
     def build() -> torch.nn.Module:
@@ -258,8 +321,9 @@ def _meta_model_builder(loader, model_config) -> Callable[[], torch.nn.Module]:
         set_offloader(NoopOffloader())
         try:
             with set_default_torch_dtype(config.dtype), torch.device("meta"):
-                quant_config = _get_quantization_config(config, load_config)
-                return _initialize_model(config, load_config, quant_config)
+                return _initialize_model(
+                    config, load_config, copy.deepcopy(quant_config)
+                )
         finally:
             set_offloader(offloader)
             # Upstream's context leaves its own behind an exception.

@@ -1,14 +1,16 @@
-"""Checks a whole weight update before its first byte is written.
+"""Checks a whole weight update before its first byte is written, on any rank.
 
 A copy of the model on the meta device, which has loaders and shapes but no memory, loads
-the update first. What its loaders refuse, the update is refused for.
+the update first. What its loaders refuse, the update is refused for; what one rank
+refuses, every rank does.
 """
 
 import json
 import logging
 import os
 import zipfile
-from typing import Callable, Iterable, List, Optional, Set, Tuple
+from contextvars import ContextVar
+from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,11 +44,85 @@ _SAFETENSORS_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 
-_FUSED_A_PROJ = ("q_a_proj", "kv_a_proj_with_mqa")
+# DeepSeek's loaders hold one half of a fused layer until the other comes, in the same
+# request; the second is fused below the first.
+A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
+FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
 
 
 class UpdateRefused(ValueError):
     """An update that the model would not take; nothing of it was written."""
+
+
+class _RankUpdate:
+    """This rank's part in an update that every rank of `group` writes, or none."""
+
+    def __init__(self, group) -> None:
+        self.group = group
+        self.has_agreed = False
+        self.may_write = False
+
+    def agree(self, refusal: Optional[str]) -> Optional[str]:
+        """The first refusal of any rank, before any of them writes. Collective."""
+        self.has_agreed = True
+        refusal = next(filter(None, _gather(self.group, refusal)), None)
+        self.may_write = refusal is None
+        return refusal
+
+
+_rank_update: ContextVar[Optional[_RankUpdate]] = ContextVar(
+    "_rank_update", default=None
+)
+
+
+def run_weight_update(group, update: Callable, *args) -> Tuple[bool, str]:
+    """(success, message) of `update(*args)` on every rank of `group`.
+
+    A failure on one rank, also an exception, is the result of all. Where `update` calls
+    `agree_to_write`, none writes unless all may.
+    """
+    rank_update = _RankUpdate(group)
+    token = _rank_update.set(rank_update)
+    try:
+        result = update(*args)
+    except Exception as error:
+        logger.exception("A weight update failed")
+        message = f"Failed to update weights: {error}. {what_was_written(error)}"
+        result = False, message
+    finally:
+        _rank_update.reset(token)
+    if not rank_update.has_agreed:
+        rank_update.agree(None if result[0] else result[1])
+    return next((r for r in _gather(group, result) if not r[0]), result)
+
+
+def agree_to_write(refusal: Optional[Exception]) -> None:
+    """Before the first write of an update: raise UpdateRefused if any rank refuses it.
+
+    Later calls in the same update, and calls outside `run_weight_update`, stand for
+    this rank alone.
+    """
+    rank_update = _rank_update.get()
+    reason = None if refusal is None else str(refusal) or repr(refusal)
+    if rank_update is not None and not rank_update.has_agreed:
+        reason = rank_update.agree(reason)
+    if reason is not None:
+        raise UpdateRefused(reason) from refusal
+
+
+def what_was_written(error: Exception) -> str:
+    """What a failed update left behind, for its message."""
+    rank_update = _rank_update.get()
+    may_write = rank_update is not None and rank_update.may_write
+    if isinstance(error, UpdateRefused) and not may_write:
+        return "Nothing was written."
+    return "The weights may be partially updated: update all of them again."
+
+
+def _gather(group, value: Any) -> list:
+    values = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 class UpdateCheck:
@@ -63,6 +139,7 @@ class UpdateCheck:
         self._layers = {weights.name: weights for weights in layers}
         self._build = build
         self._model: Optional[torch.nn.Module] = None
+        self._cannot_check = False
 
     def tensors(self, named_tensors: NamedTensors) -> None:
         """Check tensors in memory. Raises UpdateRefused for what cannot be loaded.
@@ -106,7 +183,9 @@ class UpdateCheck:
         A `whole` checkpoint of which the model takes nothing is refused; a bucket may
         be another pipeline stage's or a draft model's.
         """
-        if self._model is None and not self._make_model():
+        if self._model is None and not self._cannot_check:
+            self._make_model()
+        if self._model is None:
             return []
         layers = mxfp8_layers(self._model)
         for weights in layers:
@@ -121,37 +200,35 @@ class UpdateCheck:
                 return []
             raise UpdateRefused(str(error) or repr(error)) from error
         untaken = [name for name, _ in probes if name not in taken]
-        self._refuse_halves(untaken)
+        _refuse_lost_scales(untaken, taken)
+        nothing = (
+            f"the model takes nothing of {len(untaken)} tensors in this weight update: "
+            f"{', '.join(untaken[:8])}"
+        )
+        if whole:
+            self._refuse_halves(untaken)
+            if not taken:
+                raise UpdateRefused(nothing)
         if untaken:
-            message = (
-                f"the model takes nothing of {len(untaken)} tensors in this weight "
-                f"update: {', '.join(untaken[:8])}"
-            )
-            if whole and not taken:
-                raise UpdateRefused(message)
-            logger.warning(message)
+            logger.warning(nothing)
         return [weights for weights in layers if weights.loaded]
 
     def _refuse_halves(self, untaken: List[str]) -> None:
-        """DeepSeek's loaders wait for the other half of a fused layer until the request
-        ends, and then forget the half that came."""
-        modules = dict(self._model.named_modules())
+        """A checkpoint with one half of a fused layer loses it."""
+        if not any(FUSED_A_PROJ in name for name, _ in self._model.named_modules()):
+            return
         for name in untaken:
-            for half, other in (_FUSED_A_PROJ, _FUSED_A_PROJ[::-1]):
-                layer = name.rpartition(".")[0]
-                fused = layer.removesuffix(half) + "fused_qkv_a_proj_with_mqa"
-                if layer.endswith(f".{half}") and fused in modules:
-                    raise UpdateRefused(
-                        f"{name} came without its {other}: they are halves of {fused}, "
-                        "send both in one request"
-                    )
+            other = other_half(name)
+            if other is not None and other not in untaken:
+                raise UpdateRefused(f"the checkpoint has {name} without its {other}")
 
-    def _make_model(self) -> bool:
+    def _make_model(self) -> None:
         try:
             model = self._build()
         except Exception as error:
+            self._cannot_check = True
             logger.warning("Weight updates cannot be checked first: %s", error)
-            return False
+            return
         for weights in name_mxfp8_layers(model):
             if weights.name not in self._layers:
                 raise UpdateRefused(
@@ -165,7 +242,6 @@ class UpdateCheck:
         if hasattr(model, "post_load_weights"):
             model.post_load_weights = lambda *args, **kwargs: None
         self._model = model
-        return True
 
 
 class _Probe(torch.Tensor):
@@ -187,11 +263,38 @@ class _Probe(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
         if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
+            refuse_as_values(", ".join(names), args[-1].dtype, args[0].dtype)
             probes[0].taken.update(names)
             return result
         return tree_map_only(
             torch.Tensor, lambda t: cls.of(t, names, probes[0].taken), result
         )
+
+
+def other_half(name: str) -> Optional[str]:
+    """The name of the tensor that DeepSeek's loaders fuse with the tensor `name`."""
+    for half, other in (A_PROJ_HALVES, A_PROJ_HALVES[::-1]):
+        if f".{half}." in name:
+            return name.replace(f".{half}.", f".{other}.")
+    return None
+
+
+def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> None:
+    """Raise UpdateRefused where a copy would turn quantized bytes into numbers."""
+    if source.itemsize == 1 and target.is_floating_point and target.itemsize > 1:
+        raise UpdateRefused(
+            f"{name} is {source}, but its layer is not quantized here: it holds {target}"
+        )
+
+
+def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
+    for name in untaken:
+        layer, _, last = name.rpartition(".")
+        if last.startswith(f"{WEIGHT}_scale") and f"{layer}.{WEIGHT}" in taken:
+            raise UpdateRefused(
+                f"the model takes {layer}.{WEIGHT} but not {name}; the scale of an MXFP8 "
+                f"layer is called {SCALE}"
+            )
 
 
 def _is_unsupported_on_meta(error: Exception) -> bool:
@@ -217,7 +320,7 @@ def _read_pickle(file: str) -> NamedTensors:
         tensors = torch.load(file, map_location="meta", mmap=mmap, weights_only=True)
     except Exception as error:  # whatever a damaged zip or pickle raises
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
-    return tensors.items()
+    return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
 def _check_index(files: List[str], names: Set[str]) -> None:

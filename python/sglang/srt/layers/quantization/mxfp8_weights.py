@@ -44,8 +44,8 @@ _deferred = ContextVar("_deferred", default=False)
 
 @contextmanager
 def deferred_processing():
-    """Within it, in this thread, `to_kernel_form` does nothing: raw writes find the
-    checkpoint form."""
+    """Layers that are built within it stay in checkpoint form until they are released,
+    by `held = False`: whatever loads them finds that form."""
     token = _deferred.set(True)
     try:
         yield
@@ -64,6 +64,7 @@ class Mxfp8LinearWeights:
     Attributes:
         shapes: of what was ever loaded, by parameter name and shard id.
         loaded: the parameter names and shard ids that loads wrote.
+        held: `to_kernel_form` does nothing, since raw bytes are being written.
         fixed_shapes: later loads must have those shapes; set when the model is loaded.
     """
 
@@ -78,6 +79,7 @@ class Mxfp8LinearWeights:
         self.backend = choice.backend
         self.quantize_on_load = quantize_on_load
         self.in_kernel_form = False
+        self.held = _deferred.get()
         self.broken_by: Optional[Exception] = None
         self.name = getattr(layer, "prefix", "") or type(layer).__name__
         self.shapes: Dict[str, Dict[Any, torch.Size]] = {WEIGHT: {}, SCALE: {}}
@@ -96,7 +98,12 @@ class Mxfp8LinearWeights:
         if self.fixed_shapes:
             self._check_shape(name, shard, loaded.shape)
         self._note(name, shard, loaded)
-        if name == WEIGHT and self.quantize_on_load:
+        if self.quantize_on_load and name == SCALE:
+            raise ValueError(
+                f"{self.name}.{SCALE}: --quantization mxfp8 makes the scales itself, "
+                f"send {WEIGHT} only, in bf16, fp16 or fp32"
+            )
+        if self.quantize_on_load:
             values, scale = self._quantize(loaded.to(param.device))
             self._note(SCALE, shard, scale)
             self.to_checkpoint_form()
@@ -114,7 +121,7 @@ class Mxfp8LinearWeights:
     def to_kernel_form(self) -> None:
         """Rearrange weight and scale for the backend, in place; once is enough."""
         with _form_lock:
-            if self.in_kernel_form or _deferred.get():
+            if self.in_kernel_form or self.held:
                 return
             self._require_room()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
@@ -256,6 +263,8 @@ class Mxfp8LinearWeights:
             return None
         if shard is None:
             rows = layer.output_size
+            if hasattr(layer, "total_num_kv_heads"):  # output_size has its replicas
+                rows = sum(self._full_shape(name, part)[0] for part in "qkv")
         elif hasattr(layer, "total_num_kv_heads"):
             heads = layer.total_num_heads if shard == "q" else layer.total_num_kv_heads
             rows = heads * (layer.v_head_size if shard == "v" else layer.head_size)
