@@ -34,10 +34,10 @@ from sglang.srt.layers.quantization.mxfp8_routing import (
     CONFIG_DIR,
     Mxfp8LinearBackend,
     Mxfp8LinearOptions,
-    _parse_table,
     config_file,
     flashinfer_version,
     mxfp8_kernels_missing,
+    parse_table,
     select_mxfp8_linear_backend,
 )
 from sglang.srt.utils import get_device_name, is_cuda
@@ -154,7 +154,7 @@ def merged_table(old: Optional[dict], new: dict) -> dict:
     try:
         if bool(old.get("rehearsal")) != bool(new.get("rehearsal")):
             raise ValueError("only one of them is a rehearsal")
-        _parse_table({**old, "rehearsal": False}, new["device_name"], new["flashinfer"])
+        parse_table({**old, "rehearsal": False}, new["device_name"], new["flashinfer"])
         parts = ("layers", "measured")
         return {**new, **{part: {**old.get(part, {}), **new[part]} for part in parts}}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -210,13 +210,12 @@ def summary(measured: Sequence[Measured], backend_at: Sequence[int] = ()) -> str
     lines = []
     for shape in measured:
         entry = tuned_entry(shape, backend_at)
-        layout = (
-            f"8x4 up to M = {entry['max_m_8x4']}" if entry["max_m_8x4"] else "128x4"
-        )
+        up_to = entry["max_m_8x4"]
+        layout = f"8x4 up to M = {up_to}" if up_to else "128x4"
         backend = entry.get("backend", "left to --fp8-gemm-backend")
+        ms = sorted(shape.us["trtllm_128x4"])
         ends = [
-            f"at M = {m} {shape.fastest(m)}"
-            for m in (min(shape.us["trtllm_128x4"]), max(shape.us["trtllm_128x4"]))
+            f"at M = {m} {shape.fastest(m)}" for m in dict.fromkeys((ms[0], ms[-1]))
         ]
         lines.append(
             f"- {shape.key}: {layout}; backend {backend}; fastest {', '.join(ends)}"

@@ -1,6 +1,8 @@
 """tune_mxfp8_layout.py: what it decides, the table it writes, and its command line."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -266,13 +268,14 @@ class TestCommandLine(TuningTestCase):
             (("--shapes", "256", "--rehearse"), "invalid"),
             (("--m", "1"), "one of the arguments --model --shapes is required"),
         ):
-            with self.subTest(arguments), self.assertRaises(SystemExit) as exit:
-                with mock.patch.object(sys, "argv", [str(SCRIPT), *arguments]):
-                    with mock.patch("sys.stderr") as stderr:
-                        tune.main()
-            printed = "".join(str(call.args[0]) for call in stderr.write.call_args_list)
-            self.assertEqual(exit.exception.code, 2)
-            self.assertIn(message, printed)
+            with self.subTest(arguments):
+                argv, stderr = [str(SCRIPT), *arguments], io.StringIO()
+                with mock.patch.object(sys, "argv", argv):
+                    with contextlib.redirect_stderr(stderr):
+                        with self.assertRaises(SystemExit) as exit:
+                            tune.main()
+                self.assertEqual(exit.exception.code, 2)
+                self.assertIn(message, stderr.getvalue())
 
     def test_refusal_of_the_process(self):
         with envs.SGLANG_MXFP8_EMULATION.override(True):

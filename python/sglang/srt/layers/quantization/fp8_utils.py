@@ -141,7 +141,7 @@ def _run_2d(
 ) -> torch.Tensor:
     is_2d = input.dim() == 2
     output = linear(
-        input if is_2d else input.reshape(-1, input.shape[-1]),
+        input if is_2d else input.flatten(0, -2),
         weight,
         weight_scale,
         input_scale,

@@ -82,7 +82,7 @@ def unswizzle_scale(
     _check_scale(swizzled, rows, groups, row_tile, shuffle)
     tiles = _tile_view(swizzled, groups, row_tile, shuffle)
     padded = tiles.permute(_REVERSE).contiguous().view(-1).view(swizzled.dtype)
-    return padded.view(align(rows, row_tile), -1)[:rows, :groups]
+    return padded.view(-1, align(groups, SCALE_GROUP_TILE))[:rows, :groups]
 
 
 def swizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) -> None:
@@ -134,8 +134,9 @@ def _tile_view(
 def _pad(scale: torch.Tensor, row_tile: int) -> torch.Tensor:
     """A copy of `scale` with whole tiles, the padding zero."""
     rows, groups = scale.shape
-    padding = (0, -groups % SCALE_GROUP_TILE, 0, -rows % row_tile)
-    return torch.nn.functional.pad(scale.contiguous(), padding)
+    padded = scale.new_zeros(align(rows, row_tile), align(groups, SCALE_GROUP_TILE))
+    padded[:rows, :groups] = scale
+    return padded
 
 
 def _scale_slabs(

@@ -345,7 +345,7 @@ def tuned_layers(
         return {}
     try:
         with open(path) as file:
-            layers = _parse_table(json.load(file), device_name, flashinfer)
+            layers = parse_table(json.load(file), device_name, flashinfer)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning(
             f"Ignored the tuned MXFP8 table {path}: {error}. Measure it again with "
@@ -356,7 +356,7 @@ def tuned_layers(
     return layers
 
 
-def _parse_table(
+def parse_table(
     table: dict, device_name: str, flashinfer: Optional[str]
 ) -> Dict[Tuple[int, int], TunedLayer]:
     if table.get("rehearsal"):

@@ -1,0 +1,533 @@
+"""Which kernel runs an MXFP8 linear layer, and that each one computes it at the edges."""
+
+import contextlib
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import flashinfer
+import torch
+from flashinfer.autotuner import AutoTuner, autotune
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.quantization import fp8_utils, mxfp8_emulation, mxfp8_routing
+from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8_routing import (
+    ANY_M,
+    BF16,
+    CUTLASS,
+    TRITON,
+    TRTLLM,
+    Mxfp8LinearOptions,
+    TunedLayer,
+    config_file,
+    flashinfer_version,
+    resolve_mxfp8_linear_backend,
+    select_mxfp8_linear_backend,
+    tuned_layers,
+)
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    mxfp8_config,
+    random_mxfp8,
+    reference_linear,
+)
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=60, suite="default")
+
+ALL = (TRTLLM, CUTLASS, TRITON)
+REPOSITORY = Path(__file__).parents[3]
+
+
+@contextlib.contextmanager
+def machine(capability=None, flashinfer="0.6.7.post3", emulation=False):
+    """Resolve as on a GPU of this compute capability, or without one."""
+    with mock.patch.multiple(
+        mxfp8_routing,
+        is_cuda=lambda: capability is not None,
+        get_device_capability=lambda: capability,
+        is_sm100_supported=lambda: capability is not None and capability[0] == 10,
+        is_flashinfer_available=lambda: capability is not None,
+        flashinfer_version=lambda: flashinfer,
+    ), mock.patch("torch.cuda.get_device_name", lambda *_: "Some GPU"):
+        with envs.SGLANG_MXFP8_EMULATION.override(emulation):
+            yield
+
+
+class TestResolve(CustomTestCase):
+    def test_auto_is_the_first_that_runs(self):
+        for capability, found, expected in (
+            ((10, 0), "0.6.7.post3", TRTLLM),
+            ((10, 3), "0.6.14", TRTLLM),
+            ((11, 0), "0.6.7", CUTLASS),
+            ((10, 0), "0.6.6", TRITON),
+            ((10, 0), None, TRITON),
+        ):
+            with self.subTest(capability=capability, flashinfer=found):
+                with machine(capability, found):
+                    options = resolve_mxfp8_linear_backend("auto")
+                    self.assertEqual(options.preferred, expected)
+                    self.assertTrue(options.is_auto)
+        with machine(emulation=True):
+            self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRTLLM)
+        # A GPU that has a kernel needs no emulation.
+        with machine((10, 0), "0.6.6", emulation=True):
+            self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRITON)
+
+    def test_auto_means_that_for_mxfp8_only(self):
+        with machine((10, 0)), fp8_gemm_backend("auto", emulation=False):
+            options = mxfp8_config().mxfp8_linear_options
+            self.assertEqual(options.preferred, TRTLLM)
+            self.assertTrue(fp8_utils.get_fp8_gemm_runner_backend().is_auto())
+
+    def test_what_cannot_run_is_refused_by_what_is_missing(self):
+        for flag, capability, found, missing in (
+            ("flashinfer_trtllm", None, "0.6.7", "without CUDA.* SM100 or SM103 GPU"),
+            ("flashinfer_trtllm", (9, 0), "0.6.7", "Some GPU.* SM100 or SM103 GPU"),
+            ("flashinfer_trtllm", (11, 0), "0.6.7", "SM100 or SM103 GPU"),
+            ("flashinfer_cutlass", (12, 0), "0.6.7", "SM100 or SM103 or SM110 GPU"),
+            ("flashinfer_cutlass", (10, 0), "0.6.6", "0.6.7 .found 0.6.6."),
+            ("flashinfer_trtllm", (10, 0), None, "found None"),
+            ("triton", (9, 0), "0.6.7", "SM100 or SM103 GPU"),
+            ("auto", (9, 0), "0.6.7", "SM100 or SM103 GPU"),
+        ):
+            with self.subTest(flag=flag, capability=capability, flashinfer=found):
+                with machine(capability, found):
+                    with self.assertRaisesRegex(
+                        RuntimeError, f"={flag} .*{missing}.*SGLANG_MXFP8_EMULATION=1"
+                    ):
+                        resolve_mxfp8_linear_backend(flag)
+
+    def test_a_flag_without_mxfp8_linear_is_refused(self):
+        with machine((10, 0)):
+            with self.assertRaisesRegex(ValueError, "deep_gemm has no MXFP8 linear"):
+                resolve_mxfp8_linear_backend("deep_gemm")
+
+    def test_block_fp8_refuses_flashinfer_cutlass(self):
+        with fp8_gemm_backend("flashinfer_cutlass"):
+            with self.assertRaisesRegex(ValueError, "MXFP8 linear layers only"):
+                fp8_utils.dispatch_w8a8_block_fp8_linear()
+
+    def test_settings_that_mean_nothing_stop_the_start(self):
+        for variable, value, message in (
+            (envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT, "4x8", "'4x8' is none of auto, 8x4"),
+            (envs.SGLANG_MXFP8_LINEAR_BACKEND, "down_proj", "not PATTERN=BACKEND"),
+            (envs.SGLANG_MXFP8_LINEAR_BACKEND, "a=marlin", "flashinfer_cutlass, bf16"),
+            (envs.SGLANG_MXFP8_LINEAR_BACKEND, "a=triton", "that run here"),
+        ):
+            with self.subTest(value), machine(emulation=True), variable.override(value):
+                with self.assertRaisesRegex(ValueError, message):
+                    resolve_mxfp8_linear_backend("auto")
+
+
+class TestSelect(CustomTestCase):
+    def test_each_shape_gets_a_backend_that_takes_it(self):
+        for preferred, n, k, dtype, expected, reason in (
+            (TRTLLM, 576, 1536, torch.bfloat16, TRTLLM, ""),
+            (TRTLLM, 960, 576, torch.bfloat16, CUTLASS, "K = 576 is not a multiple"),
+            (TRTLLM, 256, 256, torch.float16, CUTLASS, "bf16 only"),
+            (TRTLLM, 96, 256, torch.bfloat16, BF16, "smaller than 128"),
+            (TRTLLM, 688, 4096, torch.bfloat16, BF16, "N = 688 is not a multiple"),
+            (TRTLLM, 256, 256, torch.float32, TRITON, "cannot be quantized"),
+            (CUTLASS, 256, 256, torch.bfloat16, CUTLASS, ""),
+            (CUTLASS, 256, 96, torch.bfloat16, BF16, "smaller than 128"),
+            (TRITON, 960, 576, torch.bfloat16, BF16, "(triton)"),
+        ):
+            with self.subTest(preferred=preferred, n=n, k=k, dtype=dtype):
+                options = Mxfp8LinearOptions(preferred, ALL)
+                choice = select_mxfp8_linear_backend(options, n, k, dtype)
+                self.assertEqual(choice.backend, expected)
+                self.assertIn(reason, choice.reason)
+                self.assertEqual(bool(choice.reason), expected != preferred)
+
+    def test_only_what_is_available_stands_in(self):
+        options = Mxfp8LinearOptions(TRTLLM, (TRTLLM,))
+        choice = select_mxfp8_linear_backend(options, 960, 576, torch.bfloat16)
+        self.assertEqual(choice.backend, BF16)
+        self.assertNotIn("triton", choice.reason)
+
+    def test_a_pattern_forces_single_layers(self):
+        forced = ("down_proj", CUTLASS), ("layers.0.mlp.*", BF16), ("o_proj", TRTLLM)
+        options = Mxfp8LinearOptions(TRTLLM, ALL, forced=forced)
+
+        def select(prefix, k=512):
+            args = 256, k, torch.bfloat16, f"model.layers.{prefix}"
+            return select_mxfp8_linear_backend(options, *args)
+
+        self.assertEqual(select("0.mlp.down_proj").backend, CUTLASS)  # the first wins
+        self.assertIn("down_proj=flashinfer_cutlass", select("1.mlp.down_proj").reason)
+        self.assertEqual(select("0.mlp.gate_up_proj").backend, BF16)
+        self.assertEqual(select("10.mlp.gate_up_proj").backend, TRTLLM)
+        self.assertEqual(select("0.self_attn.o_proj").reason, "")
+        self.assertEqual(select("0.self_attn.qkv_proj").backend, TRTLLM)
+        with self.assertRaisesRegex(
+            ValueError,
+            "o_proj=flashinfer_trtllm, but model.layers.0.x.o_proj .*K = 288",
+        ):
+            select("0.x.o_proj", k=288)
+        self.assertEqual(
+            options.unmatched_patterns(["model.layers.0.mlp.down_proj"]), ["o_proj"]
+        )
+
+    def test_the_layout_of_the_activation_scale(self):
+        def up_to(n, k, preferred=TRTLLM, **kwargs):
+            options = Mxfp8LinearOptions(preferred, ALL, **kwargs)
+            args = n, k, torch.bfloat16
+            return select_mxfp8_linear_backend(options, *args).max_m_8x4
+
+        tuned = {(2560, 8192): TunedLayer(16), (8192, 2560): TunedLayer(4)}
+        for n, k, default, with_table in (
+            # The published crossovers.
+            (2304, 8192, 128, 128),
+            (2560, 8192, 128, 16),
+            (8192, 2560, 0, 4),
+            (8192, 4096, 0, 0),
+            (8832, 8192, 0, 0),
+        ):
+            self.assertEqual(up_to(n, k), default)
+            self.assertEqual(up_to(n, k, tuned=tuned), with_table)
+            self.assertEqual(up_to(n, k, tuned=tuned, sf_layout="8x4"), ANY_M)
+            self.assertEqual(up_to(n, k, tuned=tuned, sf_layout="128x4"), 0)
+            self.assertEqual(up_to(n, k, CUTLASS, sf_layout="8x4"), 0)
+        # FlashInfer refuses 8x4 there, whoever asks for it.
+        tuned = {(2112, 7168): TunedLayer(64)}
+        for settings in {}, {"sf_layout": "8x4"}, {"tuned": tuned}:
+            self.assertEqual(up_to(2112, 7168, **settings), 0)
+
+    def test_a_table_chooses_the_backend_under_auto_only(self):
+        tuned = {(256, 512): TunedLayer(0, CUTLASS), (256, 768): TunedLayer(0, TRITON)}
+        for is_auto, k, expected in (
+            (True, 512, CUTLASS),
+            (False, 512, TRTLLM),
+            (True, 768, TRTLLM),  # Triton does not run on this machine
+        ):
+            options = Mxfp8LinearOptions(TRTLLM, ALL[:2], is_auto, tuned=tuned)
+            choice = select_mxfp8_linear_backend(options, 256, k, torch.bfloat16)
+            self.assertEqual(choice.backend, expected)
+            self.assertEqual("tuned" in choice.reason, expected == CUTLASS)
+
+    def test_readme_has_the_table_that_the_code_makes(self):
+        script = REPOSITORY / "scripts" / "routing_table.py"
+        subprocess.run([sys.executable, script, "--check"], check=True)
+
+
+class TestTable(CustomTestCase):
+    LAYERS = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
+
+    def read(self, text: str):
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, config_file("Some GPU")).write_text(text)
+            return tuned_layers(directory, "Some GPU", "0.6.7")
+
+    def table(self, **changes) -> str:
+        table = {
+            "device_name": "Some GPU",
+            "flashinfer": "0.6.7",
+            "layers": self.LAYERS,
+        }
+        return json.dumps({**table, **changes})
+
+    def test_a_table_is_read(self):
+        self.assertEqual(
+            self.read(self.table()), {(2560, 8192): TunedLayer(64, CUTLASS)}
+        )
+        self.assertEqual(tuned_layers("/no/such/directory", "Some GPU", "0.6.7"), {})
+
+    def test_a_wrong_or_stale_one_is_ignored_with_a_warning(self):
+        for text, reason in (
+            ("{", "Expecting"),
+            ("[]", "no attribute"),
+            ("{}", "device_name"),
+            (self.table(device_name="Another"), "for device_name 'Another'"),
+            (self.table(flashinfer="0.6.6"), "for flashinfer '0.6.6', this is '0.6.7'"),
+            (self.table(rehearsal=True), "rehearsal"),
+            (self.table(layers={"2560x8192": {"max_m_8x4": 1}}), "is not N="),
+            (self.table(layers={"N=1,K=2": {"max_m_8x4": True}}), "max_m_8x4 is True"),
+            (self.table(layers={"N=1,K=2": {"max_m_8x4": -1}}), "max_m_8x4 is -1"),
+            (self.table(layers={"N=1,K=2": {"m": 1}}), "unexpected keyword"),
+            (
+                self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "x"}}),
+                "not a valid",
+            ),
+        ):
+            with self.subTest(reason), self.assertLogs("sglang", "WARNING") as logs:
+                self.assertEqual(self.read(text), {})
+            self.assertRegex(
+                logs.output[0], f"Ignored .*{reason}.*tune_mxfp8_layout.py"
+            )
+
+    def test_a_layer_uses_the_table_of_this_machine(self):
+        layers = {"N=256,K=512": {"max_m_8x4": 3}}
+        text = self.table(
+            device_name="cpu", flashinfer=flashinfer_version(), layers=layers
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            Path(directory, config_file("cpu")).write_text(text)
+            with envs.SGLANG_MXFP8_CONFIG_DIR.override(directory):
+                layer = build(256, 512, "flashinfer_trtllm")
+        self.assertEqual(layer.mxfp8_weights.choice.max_m_8x4, 3)
+
+
+class TestAutotuning(CustomTestCase):
+    """FlashInfer's own tuner, around a stubbed GEMM."""
+
+    def tuning_in_gemm(self, version: str, use_8x4: bool) -> bool:
+        seen = []
+
+        def mm_mxfp8(*_, use_8x4_sf_layout):
+            seen.append(AutoTuner.get().is_tuning_mode)
+
+        with mock.patch.object(fp8_utils, "flashinfer_version", lambda: version):
+            guarded = fp8_utils._without_autotuning(mm_mxfp8, AutoTuner.get())
+            guarded(use_8x4_sf_layout=use_8x4)
+            self.assertEqual(seen, [False])  # nobody tunes
+            with autotune():
+                guarded(use_8x4_sf_layout=use_8x4)
+                self.assertTrue(AutoTuner.get().is_tuning_mode)
+        return seen[1]
+
+    def test_the_gemm_is_not_tuned_before_0_6_14_nor_with_8x4(self):
+        self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=False))
+        self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=True))
+        self.assertFalse(self.tuning_in_gemm("0.6.14", use_8x4=True))
+        self.assertTrue(self.tuning_in_gemm("0.6.14", use_8x4=False))
+
+    def test_others_are_tuned_after_it_failed_and_the_log_says_so_once(self):
+        fp8_utils._say_not_tuned.cache_clear()
+        failing = mock.Mock(side_effect=MemoryError)
+        guarded = fp8_utils._without_autotuning(failing, AutoTuner.get())
+        with autotune(), self.assertLogs("sglang", "INFO") as logs:
+            for _ in range(2):
+                with self.assertRaises(MemoryError):
+                    guarded(use_8x4_sf_layout=False)
+                self.assertTrue(AutoTuner.get().is_tuning_mode)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("autotuner passes over MXFP8", logs.output[0])
+
+    def test_a_layer_is_not_tuned(self):
+        seen = []
+
+        def mm_mxfp8(*args, **kwargs):
+            seen.append(AutoTuner.get().is_tuning_mode)
+            return mxfp8_emulation.mm_mxfp8(*args, **kwargs)
+
+        def mxfp8_quantize(x, sf_swizzle_layout):
+            self.assertEqual(sf_swizzle_layout, flashinfer.SfLayout.layout_8x4)
+            return mxfp8_emulation.mxfp8_quantize(x, True)
+
+        layer, weight, scale = loaded(256, 512, "flashinfer_trtllm")
+        x = torch.randn(3, 512).bfloat16()
+        self.addCleanup(fp8_utils._kernels.cache_clear)
+        fp8_utils._kernels.cache_clear()
+        with mock.patch.object(
+            fp8_utils, "mxfp8_kernels_missing", lambda _: ""
+        ), mock.patch.multiple(
+            flashinfer, mm_mxfp8=mm_mxfp8, mxfp8_quantize=mxfp8_quantize
+        ), autotune():
+            output = layer(x)[0]
+        self.assertEqual(seen, [False])
+        assert_linear(self, output, x, weight, scale)
+
+
+def build(n: int, k: int, backend: str, dtype=torch.bfloat16, **kwargs):
+    init_single_process_parallel_state()
+    with fp8_gemm_backend(backend):
+        return ReplicatedLinear(
+            k,
+            n,
+            bias=kwargs.pop("bias", False),
+            params_dtype=dtype,
+            quant_config=mxfp8_config(),
+            prefix="m.proj",
+        )
+
+
+def loaded(n: int, k: int, backend: str, **kwargs):
+    """A layer in kernel form, with its e4m3 weight and scale."""
+    layer = build(n, k, backend, **kwargs)
+    _, weight, scale = random_mxfp8(n, k)
+    layer.weight.weight_loader(layer.weight, weight)
+    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer, weight, scale
+
+
+def assert_linear(test, output, x, weight, scale, bias=None):
+    expected = reference_linear(x, weight, scale)
+    if bias is not None:
+        expected = expected + bias
+    test.assertEqual(output.dtype, x.dtype)
+    torch.testing.assert_close(output, expected.to(x.dtype), rtol=0.02, atol=0.05)
+
+
+def triton_linear(
+    input, weight, weight_scale, input_scale=None, bias=None, output_dtype=None
+):
+    """A stand-in for upstream's Triton linear, as strict as it is."""
+    assert input.is_contiguous() and input.shape[0] > 0
+    assert weight.shape[0] % 128 == 0 and weight.shape[1] % 128 == 0
+    values = input
+    if input_scale is None:
+        values, input_scale = quantize(input)
+    assert input_scale.shape == (input.shape[0], input.shape[1] // 32)
+    x = dequantize(values, input_scale).double()
+    return (x @ dequantize(weight, weight_scale).double().t()).to(output_dtype)
+
+
+CASES = (
+    (TRTLLM, 256, 512, torch.bfloat16),  # 8x4 up to M = 128
+    (TRTLLM, 160, 768, torch.bfloat16),  # N % 128 != 0: 128x4
+    (TRTLLM, 2688, 256, torch.bfloat16),  # wide: 128x4
+    (CUTLASS, 256, 288, torch.bfloat16),  # K / 32 = 9: padded groups
+    (CUTLASS, 160, 576, torch.float16),
+    (TRITON, 256, 384, torch.bfloat16),
+    (TRITON, 128, 128, torch.float16),
+    (BF16, 40, 96, torch.bfloat16),
+    (BF16, 1000, 288, torch.float16),
+    (BF16, 40, 96, torch.float32),
+)
+
+
+def on_every_backend(test):
+    """Run test(self, layer, weight, scale) for each of CASES, with a bias."""
+
+    @functools.wraps(test)
+    def run(self):
+        with mock.patch.object(
+            fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
+        ), mock.patch.multiple(
+            mxfp8_routing, is_cuda=lambda: True, is_sm100_supported=lambda: True
+        ):
+            for backend, n, k, dtype in CASES:
+                flag = "flashinfer_trtllm" if backend == BF16 else backend.value
+                layer, weight, scale = loaded(n, k, flag, dtype=dtype, bias=True)
+                layer.bias.data.normal_()
+                with self.subTest(backend=backend.value, n=n, k=k, dtype=dtype):
+                    self.assertEqual(layer.mxfp8_weights.backend, backend)
+                    test(self, layer, weight, scale)
+
+    return run
+
+
+class TestEveryBackend(CustomTestCase):
+    """The real linear method over backends, M, N, K and dtypes, kernels emulated."""
+
+    def assert_layer(self, layer, weight, scale, x):
+        expected_x = x.contiguous()
+        if layer.mxfp8_weights.backend.is_bf16():
+            expected_x = expected_x.bfloat16()
+            expected = reference_linear(expected_x, weight, scale, quantize_input=False)
+            expected = (expected + layer.bias).to(x.dtype)
+            output = layer(x)[0]
+            self.assertEqual(output.dtype, x.dtype)
+            torch.testing.assert_close(output, expected, rtol=0.02, atol=0.15)
+        else:
+            assert_linear(self, layer(x)[0], expected_x, weight, scale, layer.bias)
+
+    @on_every_backend
+    def test_every_m(self, layer, weight, scale):
+        for m in (1, 2, 7, 8, 9, 127, 128, 129, 300):
+            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
+            self.assert_layer(layer, weight, scale, x)
+
+    @on_every_backend
+    def test_no_tokens(self, layer, weight, scale):
+        n, k = weight.shape
+        for shape in (0, k), (2, 0, k), (0, 3, k):
+            x = torch.randn(shape).to(layer.params_dtype)
+            output = layer(x)[0]
+            self.assertEqual(output.shape, (*shape[:-1], n))
+            self.assertEqual(output.dtype, x.dtype)
+
+    @on_every_backend
+    def test_leading_dimensions_and_strides(self, layer, weight, scale):
+        k, dtype = weight.shape[1], layer.params_dtype
+        for x in (
+            torch.randn(2, 3, k),
+            torch.randn(k),
+            torch.randn(2, 3, 1, k),
+            torch.randn(5, 2 * k)[:, ::2],
+            torch.randn(k, 5).t(),
+            torch.randn(2, k, 3).transpose(1, 2),
+            torch.randn(4, k)[::2],
+        ):
+            x = x.to(dtype)
+            if x.dim() == 1:
+                x = x[None]
+            self.assert_layer(layer, weight, scale, x)
+
+    @on_every_backend
+    def test_quantized_input_with_a_linear_or_a_128x4_scale(self, layer, weight, scale):
+        for m in (0, 5, 130):
+            x = torch.randn(m, weight.shape[1]).bfloat16()
+            values, x_scale = quantize(x)
+            for given in x_scale, swizzle_scale(x_scale):
+                output = layer.quant_method.apply(layer, (values, given))
+                assert_linear(self, output, x, weight, scale)
+
+    @on_every_backend
+    def test_nan_and_infinity_give_what_the_quantizer_makes_of_them(
+        self, layer, weight, scale
+    ):
+        x = torch.randn(4, weight.shape[1]).to(layer.params_dtype)
+        clean = layer(x)[0]
+        x[1, 3], x[2, 40] = float("nan"), float("inf")
+        output = layer(x)[0]
+        self.assertTrue(output[1].isnan().all())
+        if not layer.mxfp8_weights.backend.is_bf16():
+            expected = reference_linear(x[2:3], weight, scale) + layer.bias
+            torch.testing.assert_close(
+                output[2:3], expected.to(x.dtype), rtol=0.02, atol=0.05, equal_nan=True
+            )
+        for row in 0, 3:
+            self.assertTrue(torch.equal(output[row], clean[row]))
+
+    def test_the_kernels_get_the_layout_of_the_rule(self):
+        for n, k, up_to in (256, 512, 128), (160, 768, 0), (2688, 256, 0):
+            layer, _, _ = loaded(n, k, "flashinfer_trtllm")
+            for m in (1, 128, 129):
+                with self.subTest(n=n, m=m), mock.patch.object(
+                    mxfp8_emulation, "mm_mxfp8", wraps=mxfp8_emulation.mm_mxfp8
+                ) as gemm:
+                    fp8_utils._kernels.cache_clear()
+                    layer(torch.randn(m, k).bfloat16())
+                    use_8x4 = gemm.call_args.kwargs["use_8x4_sf_layout"]
+                    self.assertEqual(use_8x4, m <= up_to)
+        fp8_utils._kernels.cache_clear()
+
+    @on_every_backend
+    def test_compiled_once_for_every_m(self, layer, weight, scale):
+        """One op per linear; the layout changes inside it, and nothing is recompiled."""
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(
+            lambda x: layer(x)[0], backend=counter, dynamic=True, fullgraph=True
+        )
+        for m in (2, 8, 9, 128, 129, 300):
+            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
+            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
+        self.assertEqual(counter.frame_count, 1)
+        ops = [
+            node
+            for node in counter.graphs[0].graph.nodes
+            if node.op == "call_function" and "sglang" in str(node.target)
+        ]
+        self.assertEqual(len(ops), 1, ops)
+        for m in (0, 1):  # torch.compile specializes on both
+            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
+            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
+
+
+if __name__ == "__main__":
+    unittest.main()
