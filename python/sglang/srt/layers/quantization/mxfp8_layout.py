@@ -134,9 +134,10 @@ def _tile_view(
 def _pad(scale: torch.Tensor, row_tile: int) -> torch.Tensor:
     """A copy of `scale` with whole tiles, the padding zero."""
     rows, groups = scale.shape
-    padded = scale.new_zeros(align(rows, row_tile), align(groups, SCALE_GROUP_TILE))
-    padded[:rows, :groups] = scale
-    return padded
+    if rows == 0:  # torch pads no empty tensor
+        return scale.new_empty(0, align(groups, SCALE_GROUP_TILE))
+    padding = (0, -groups % SCALE_GROUP_TILE, 0, -rows % row_tile)
+    return torch.nn.functional.pad(scale.contiguous(), padding)
 
 
 def _scale_slabs(
