@@ -48,9 +48,7 @@ def quantize(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
 def dequantize(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Dequantize e4m3 [N, K] with E8M0 uint8 [N, K/32] to fp32 [N, K]; byte 255 is NaN."""
     n, k = values.shape
-    factor = torch.ldexp(
-        torch.ones((), device=scale.device), scale.to(torch.int32) - 127
-    )
+    factor = _power_of_two(scale.to(torch.int32) - 127)
     factor = factor.masked_fill(scale == 255, float("nan"))
     groups = values.float().view(n, k // GROUP_SIZE, GROUP_SIZE)
     return (groups * factor.unsqueeze(-1)).view(n, k)
@@ -123,10 +121,14 @@ def _scale_byte(amax: torch.Tensor) -> torch.Tensor:
     return byte.masked_fill(quotient.isnan(), 255).to(torch.uint8)
 
 
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
+
 def _reciprocal(scale: torch.Tensor) -> torch.Tensor:
     """1 / 2^(scale - 127) in fp32 with flush to zero: 0 for bytes 0 and 254."""
     exponent = 127 - scale.to(torch.int32)
-    reciprocal = torch.ldexp(torch.ones((), device=scale.device), exponent)
+    reciprocal = _power_of_two(exponent)
     reciprocal = reciprocal.masked_fill((scale == 0) | (scale == 254), 0.0)
     return reciprocal.masked_fill(scale == 255, float("nan"))
 
