@@ -15,14 +15,17 @@ import torch
 from flashinfer.autotuner import AutoTuner, autotune
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils, mxfp8_emulation, mxfp8_routing
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
 from sglang.srt.layers.quantization.mxfp8_routing import (
     ANY_M,
     BF16,
+    CONFIG_DIR,
     CUTLASS,
     TRITON,
     TRTLLM,
@@ -222,6 +225,77 @@ class TestSelect(CustomTestCase):
         subprocess.run([sys.executable, script, "--check"], check=True)
 
 
+class TestSettings(CustomTestCase):
+    """Environment variables, through the real linear method and the summary line."""
+
+    def model(self, backend="flashinfer_trtllm", **environment):
+        with contextlib.ExitStack() as stack:
+            for name, value in environment.items():
+                stack.enter_context(getattr(envs, name).override(value))
+            layers = [build(*shape, backend) for shape in ((256, 512), (384, 512))]
+        model = torch.nn.ModuleList(layers)
+        model.load_weights = lambda _: None
+        loader = mock.Mock(load_config=LoadConfig())
+        loader.load_model.return_value = model
+        with self.assertLogs("sglang", "INFO") as logs:
+            load_mxfp8_model(loader, None, None)
+        return [layer.mxfp8_weights.choice for layer in layers], "\n".join(logs.output)
+
+    def test_the_defaults(self):
+        (first, second), log = self.model()
+        self.assertEqual(first, second)
+        self.assertIn(
+            "MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
+            "(0 [256, 512], 1 [384, 512])",
+            log,
+        )
+        self.assertNotIn("matches", log)
+
+    def test_a_forced_backend(self):
+        for backend in "flashinfer_cutlass", "bf16":
+            pattern = f"m.proj = {backend}, nothing=bf16"
+            choices, log = self.model(SGLANG_MXFP8_LINEAR_BACKEND=pattern)
+            self.assertEqual({c.backend.value for c in choices}, {backend})
+            self.assertIn(f"2 on {backend} ", log)
+            self.assertIn(
+                f"since SGLANG_MXFP8_LINEAR_BACKEND has m.proj={backend}", log
+            )
+            self.assertRegex(log, "no MXFP8 layer of this model matches nothing")
+
+    def test_a_forced_layout(self):
+        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="8x4")
+        self.assertEqual({c.max_m_8x4 for c in choices}, {ANY_M})
+        self.assertIn("flashinfer_trtllm, 8x4 scales (", log)
+        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="128x4")
+        self.assertEqual({c.max_m_8x4 for c in choices}, {0})
+        self.assertIn("flashinfer_trtllm, 128x4 scales (", log)
+
+    def test_an_explicit_flag_leaves_a_table_no_choice(self):
+        for flag in "flashinfer_trtllm", "flashinfer_cutlass", "auto":
+            with machine(emulation=True):
+                options = resolve_mxfp8_linear_backend(flag)
+            self.assertEqual(options.is_auto, flag == "auto")
+
+    def test_a_k_that_is_no_mxfp8_is_refused_at_load(self):
+        for n, k in (256, 144), (256, 400), (40, 72):
+            with self.assertRaisesRegex(
+                ValueError, rf"m.proj \[{n}, {k}\].*K % 32.*modules_to_not_convert"
+            ):
+                build(n, k, "flashinfer_trtllm")
+
+    def test_flashinfer_switched_off_is_missing(self):
+        with machine((10, 0)), mock.patch.object(
+            mxfp8_routing, "is_flashinfer_available", lambda: False
+        ):
+            with self.assertRaisesRegex(RuntimeError, "IS_FLASHINFER_AVAILABLE=true"):
+                resolve_mxfp8_linear_backend("flashinfer_trtllm")
+
+    def test_the_capability_that_mxfp8_asks_for(self):
+        for emulation, capability in (False, 100), (True, 0):
+            with envs.SGLANG_MXFP8_EMULATION.override(emulation):
+                self.assertEqual(mxfp8_config().get_min_capability(), capability)
+
+
 class TestTable(CustomTestCase):
     LAYERS = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
 
@@ -242,7 +316,11 @@ class TestTable(CustomTestCase):
         self.assertEqual(
             self.read(self.table()), {(2560, 8192): TunedLayer(64, CUTLASS)}
         )
-        self.assertEqual(tuned_layers("/no/such/directory", "Some GPU", "0.6.7"), {})
+        self.assertEqual(tuned_layers(CONFIG_DIR, "No such GPU", "0.6.7"), {})
+        self.assertRegex(CONFIG_DIR, "/sglang/srt/layers/quantization/configs/mxfp8$")
+        with self.assertLogs("sglang", "WARNING") as logs:
+            self.assertEqual(tuned_layers("/no/such", "Some GPU", "0.6.7"), {})
+        self.assertIn("SGLANG_MXFP8_CONFIG_DIR has no /no/such", logs.output[0])
 
     def test_a_wrong_or_stale_one_is_ignored_with_a_warning(self):
         for text, reason in (
@@ -260,6 +338,11 @@ class TestTable(CustomTestCase):
                 self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "x"}}),
                 "not a valid",
             ),
+            (
+                self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "bf16"}}),
+                "backend is 'bf16'",
+            ),
+            ("[" * 100_000, "recursion"),
         ):
             with self.subTest(reason), self.assertLogs("sglang", "WARNING") as logs:
                 self.assertEqual(self.read(text), {})
@@ -299,6 +382,7 @@ class TestAutotuning(CustomTestCase):
 
     def test_the_gemm_is_not_tuned_before_0_6_14_nor_with_8x4(self):
         self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=False))
+        self.assertFalse(self.tuning_in_gemm("0.6.13.post1", use_8x4=False))
         self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=True))
         self.assertFalse(self.tuning_in_gemm("0.6.14", use_8x4=True))
         self.assertTrue(self.tuning_in_gemm("0.6.14", use_8x4=False))
@@ -463,18 +547,37 @@ class TestEveryBackend(CustomTestCase):
             torch.randn(4, k)[::2],
         ):
             x = x.to(dtype)
-            if x.dim() == 1:
-                x = x[None]
             self.assert_layer(layer, weight, scale, x)
 
     @on_every_backend
     def test_quantized_input_with_a_linear_or_a_128x4_scale(self, layer, weight, scale):
+        def apply(values, x_scale):
+            return layer.quant_method.apply(layer, (values, x_scale))
+
         for m in (0, 5, 130):
             x = torch.randn(m, weight.shape[1]).bfloat16()
             values, x_scale = quantize(x)
-            for given in x_scale, swizzle_scale(x_scale):
-                output = layer.quant_method.apply(layer, (values, given))
-                assert_linear(self, output, x, weight, scale)
+            strided = values.t().contiguous().t()
+            for given in (
+                (values, x_scale),
+                (values, swizzle_scale(x_scale)),
+                (values, x_scale.view(torch.float8_e8m0fnu)),
+                (strided, x_scale.t().contiguous().t()),
+            ):
+                assert_linear(self, apply(*given), x, weight, scale)
+        x = torch.randn(2, 3, weight.shape[1]).bfloat16()
+        values, x_scale = quantize(x.flatten(0, 1))
+        output = apply(values.view(2, 3, -1), x_scale.view(2, 3, -1))
+        assert_linear(self, output, x, weight, scale)
+        for wrong in (
+            x_scale[:5],
+            x_scale.t(),
+            torch.cat([x_scale, x_scale]),
+            swizzle_scale(x_scale)[:-1],
+            x_scale.float(),
+        ):
+            with self.assertRaisesRegex(ValueError, r"must be uint8 \[6, .*128x4"):
+                apply(values, wrong)
 
     @on_every_backend
     def test_nan_and_infinity_give_what_the_quantizer_makes_of_them(

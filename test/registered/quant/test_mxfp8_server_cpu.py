@@ -24,10 +24,12 @@ from sglang.test.mxfp8_utils import (
     launch_cpu_server,
     mxfp8_config,
     prompt_logprobs,
+    tiny_llama_tensors,
+    write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=150, suite="default")
+register_cpu_ci(est_time=240, suite="default")
 
 MODEL = os.environ.get("MXFP8_TEST_MODEL", "")
 TEXT = (
@@ -85,13 +87,15 @@ def transformers_logprobs(model: LlamaForCausalLM, input_ids: list) -> torch.Ten
     return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
 
-@unittest.skipUnless(MODEL, "MXFP8_TEST_MODEL names no checkpoint; see scripts/test.sh")
-class TestMXFP8ServerCpu(CustomTestCase):
+class MXFP8ServerBase:
+    """The real model through the backend that subclasses name."""
+
     base_url = "http://127.0.0.1:31873"
+    backend: str
 
     @classmethod
     def setUpClass(cls):
-        cls.process = launch_cpu_server(MODEL, cls.base_url, "flashinfer_trtllm")
+        cls.process = launch_cpu_server(MODEL, cls.base_url, cls.backend)
         cls.tensors = load_file(os.path.join(MODEL, "model.safetensors"))
         cls.input_ids = AutoTokenizer.from_pretrained(MODEL)(TEXT)["input_ids"]
         cls.reference = transformers_model(cls.tensors, torch.float32)
@@ -136,7 +140,7 @@ class TestMXFP8ServerCpu(CustomTestCase):
             if not isinstance(linear, QuantizedInputLinear):
                 continue
             n, k = linear.weight.shape
-            with fp8_gemm_backend("flashinfer_trtllm"):
+            with fp8_gemm_backend(self.backend):
                 layer = ReplicatedLinear(
                     k,
                     n,
@@ -154,6 +158,54 @@ class TestMXFP8ServerCpu(CustomTestCase):
             worst = max(worst, ((output - expected).norm() / expected.norm()).item())
         print(f"largest relative error of a linear layer: {worst:.5f}")
         self.assertLess(worst, 2**-8)
+
+
+@unittest.skipUnless(MODEL, "MXFP8_TEST_MODEL names no checkpoint; see scripts/test.sh")
+class TestMXFP8ServerTrtllmCpu(MXFP8ServerBase, CustomTestCase):
+    backend = "flashinfer_trtllm"
+
+
+@unittest.skipUnless(MODEL, "MXFP8_TEST_MODEL names no checkpoint; see scripts/test.sh")
+class TestMXFP8ServerCutlassCpu(MXFP8ServerBase, CustomTestCase):
+    backend = "flashinfer_cutlass"
+
+
+class TestBothScaleLayouts(CustomTestCase):
+    """A random model, all of whose layers are trtllm's, with both scale layouts.
+
+    Emulated kernels compute the same from either layout and for either backend, so
+    another layout in the wrong place shows as another log probability.
+    """
+
+    base_url = "http://127.0.0.1:31875"
+    # gate_up has N = 3072, which the rule leaves to 128x4; the others are narrow.
+    sizes = dict(intermediate_size=1536, vocab_size=512)
+
+    def served(self, path: str, backend: str) -> tuple:
+        """Log probabilities of a prompt of 300 tokens and of 5, and the server's log."""
+        log = io.StringIO()
+        process = launch_cpu_server(
+            path, self.base_url, backend, ["--skip-tokenizer-init"], log=log
+        )
+        try:
+            prompts = [[(7 * i) % 500 + 3 for i in range(m)] for m in (300, 5)]
+            return [prompt_logprobs(self.base_url, p) for p in prompts], log.getvalue()
+        finally:
+            kill_process_tree(process.pid)
+
+    def test_trtllm_serves_what_cutlass_serves(self):
+        with tempfile.TemporaryDirectory() as path:
+            write_checkpoint(path, tiny_llama_tensors(**self.sizes), **self.sizes)
+            trtllm, log = self.served(path, "flashinfer_trtllm")
+            self.assertRegex(
+                log,
+                r"6 on flashinfer_trtllm, 8x4 scales up to M = 128 .*"
+                r"2 on flashinfer_trtllm, 128x4 scales .gate_up_proj .3072, 512",
+            )
+            cutlass, log = self.served(path, "flashinfer_cutlass")
+            self.assertRegex(log, r"linear layers: 8 on flashinfer_cutlass \(")
+            for ours, reference in zip(trtllm, cutlass):
+                self.assertTrue(torch.equal(ours, reference))
 
 
 @unittest.skipUnless(MODEL, "MXFP8_TEST_MODEL names no checkpoint; see scripts/test.sh")

@@ -27,7 +27,7 @@ _without_autotuning
     thread: sgl-project/sglang#29669
     until: FlashInfer is 0.6.14 or later, and its tuning knows the 8x4 layout
 
-triton_mxfp8_linear, _linear_scale
+triton_mxfp8_linear, _linear_scale, _quantized_input
     why: upstream's Triton linear takes no empty batch, no swizzled scale, and is no op
     until: the base is 0.5.10 or later
 
@@ -141,7 +141,7 @@ def _run_2d(
 ) -> torch.Tensor:
     is_2d = input.dim() == 2
     output = linear(
-        input if is_2d else input.flatten(0, -2),
+        input if is_2d else input.reshape(-1, input.shape[-1]),
         weight,
         weight_scale,
         input_scale,
@@ -194,8 +194,7 @@ def _kernels(backend: str) -> Tuple[Callable, Callable]:
     layouts = SfLayout.layout_128x4, SfLayout.layout_8x4
 
     def quantize(input: torch.Tensor, use_8x4_sf_layout: bool):
-        layout = layouts[use_8x4_sf_layout]
-        return mxfp8_quantize(input.contiguous(), sf_swizzle_layout=layout)
+        return mxfp8_quantize(input, sf_swizzle_layout=layouts[use_8x4_sf_layout])
 
     return quantize, _without_autotuning(mm_mxfp8, AutoTuner.get())
 
@@ -225,8 +224,9 @@ def _without_autotuning(mm_mxfp8: Callable, tuner) -> Callable:
 @lru_cache(maxsize=None)
 def _say_not_tuned() -> None:
     logger.info(
-        "FlashInfer's autotuner passes over MXFP8 linear layers: with "
-        f"{flashinfer_version()} it may read illegal memory there."
+        "FlashInfer's autotuner passes over MXFP8 linear layers: before 0.6.14 it reads "
+        f"illegal memory there (this is {flashinfer_version()}), and it does not know "
+        "the 8x4 layout."
     )
 
 
@@ -256,7 +256,7 @@ def flashinfer_mxfp8_quantize(
     Returns e4m3 [M, K] and the 1-D uint8 scale, padded to whole tiles.
     Source: `flashinfer.mxfp8_quantize`, 0.6.7.post3.
     """
-    return _kernels("cutlass")[0](input, use_8x4_sf_layout)
+    return _kernels("cutlass")[0](input.contiguous(), use_8x4_sf_layout)
 
 
 def _fake_mm_mxfp8(
@@ -324,11 +324,13 @@ def flashinfer_mxfp8_linear(
     quantize, multiply = _kernels(backend)
     use_8x4 = m <= max_m_8x4
     if input_scale is None:
-        input, input_scale = quantize(input, use_8x4)
-    elif input_scale.dim() == 2:
-        input_scale = swizzle_scale(input_scale, 8 if use_8x4 else 128)
+        input, input_scale = quantize(input.contiguous(), use_8x4)
     else:
-        use_8x4 = False
+        input, input_scale = _quantized_input(input, input_scale)
+        if input_scale.dim() == 2:
+            input_scale = swizzle_scale(input_scale, 8 if use_8x4 else 128)
+        else:
+            use_8x4 = False
     return multiply(
         input,
         weight.t(),
@@ -376,6 +378,26 @@ def flashinfer_mxfp8_blockscaled_linear(
     )
 
 
+def _quantized_input(
+    input: torch.Tensor, scale: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Input that came quantized, as the kernels take it: e4m3 [M, K] and its scale, uint8
+    [M, K/32] or 1-D 128x4. Raises ValueError for a scale of another shape or dtype."""
+    m, groups = input.shape[0], input.shape[1] // GROUP_SIZE
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if scale.dim() > 2:
+        scale = scale.reshape(-1, scale.shape[-1])
+    is_linear = scale.shape == (m, groups)
+    is_swizzled = scale.shape == (swizzled_scale_numel(m, groups),)
+    if scale.dtype != torch.uint8 or not (is_linear or is_swizzled):
+        raise ValueError(
+            f"the scale of MXFP8 input {list(input.shape)} must be uint8 [{m}, {groups}] "
+            f"or 1-D in the 128x4 layout, got {scale.dtype} {list(scale.shape)}"
+        )
+    return input.contiguous(), scale.contiguous()
+
+
 def _linear_scale(input: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The [M, K/32] scale of quantized input whose scale may be 1-D 128x4."""
     m, k = input.shape
@@ -394,6 +416,7 @@ def triton_mxfp8_linear(
     if input.shape[0] == 0:
         return input.new_empty((0, weight.shape[0]), dtype=out_dtype)
     if input_scale is not None:
+        input, input_scale = _quantized_input(input, input_scale)
         input_scale = _linear_scale(input, input_scale)
     return triton_mxfp8_blockscaled_linear(
         input.contiguous(), weight, weight_scale, input_scale, output_dtype=out_dtype
@@ -413,8 +436,8 @@ def bf16_mxfp8_linear(
     An op, since torch.compile must not see past the weight's view.
     """
     if input_scale is not None:
-        scale = _linear_scale(input, input_scale)
-        input = mxfp8_emulation.dequantize(input, scale)
+        input, scale = _quantized_input(input, input_scale)
+        input = mxfp8_emulation.dequantize(input, _linear_scale(input, scale))
     output = torch.nn.functional.linear(
         input.to(torch.bfloat16), dequantized_weight(weight)
     )

@@ -63,6 +63,8 @@ def mxfp8_quantize(
     """
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"mxfp8_quantize takes bf16 or fp16, got {x.dtype}")
+    if not x.is_contiguous():
+        raise ValueError("mxfp8_quantize: the input must be contiguous")
     values, scale = quantize(x)
     return values, swizzle_scale(scale, 8 if use_8x4_sf_layout else 128)
 
@@ -153,6 +155,8 @@ def _check_problem(
             raise ValueError(f"mm_mxfp8: {name} must be {dtype}, got {tensor.dtype}")
     if not b.t().is_contiguous():
         raise ValueError("mm_mxfp8: b must be column-major, pass weight.t()")
+    if not (a.is_contiguous() and a_descale.is_contiguous()):
+        raise ValueError("mm_mxfp8: a and its scale must be contiguous")
     _check_scale_lengths(a_descale, b_descale, m, n, k, use_8x4_sf_layout)
     _CHECKS[backend](n, k, out_dtype, use_8x4_sf_layout)
 

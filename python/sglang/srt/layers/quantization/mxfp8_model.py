@@ -390,14 +390,18 @@ def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
     options = layers[0].layer.quant_method.mxfp8_options
     unmatched = options.unmatched_patterns([w.layer.prefix for w in layers])
     if unmatched:
-        logger.warning(
-            f"SGLANG_MXFP8_LINEAR_BACKEND: no MXFP8 layer matches {', '.join(unmatched)}"
+        log_info_on_rank0(
+            logger,
+            "SGLANG_MXFP8_LINEAR_BACKEND: no MXFP8 layer of this model matches "
+            f"{', '.join(unmatched)}",
         )
 
 
 def _describe(choice: Mxfp8LinearChoice, members: List[Mxfp8LinearWeights]) -> str:
-    kinds = {w.name.split(".")[-1]: tuple(w.layer.weight.shape) for w in members}
-    listed = ", ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items())
+    kinds = dict.fromkeys(
+        f"{w.name.split('.')[-1]} {list(w.layer.weight.shape)}" for w in members
+    )
+    listed = ", ".join(kinds)
     layout = ""
     if choice.backend.is_flashinfer_trtllm():
         up_to = choice.max_m_8x4

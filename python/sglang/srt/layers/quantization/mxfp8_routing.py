@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 
 from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.mxfp8_layout import GROUP_SIZE
 from sglang.srt.utils import (
     get_device_capability,
     get_device_name,
@@ -160,7 +161,8 @@ def resolve_mxfp8_linear_backend(flag: str) -> Mxfp8LinearOptions:
     if flag not in ("auto", *(backend.value for backend in kernels)):
         raise ValueError(
             f"--fp8-gemm-backend={flag} has no MXFP8 linear; choose "
-            "flashinfer_trtllm, flashinfer_cutlass, triton or auto."
+            "flashinfer_trtllm, flashinfer_cutlass, triton or auto, and unset "
+            "SGLANG_SUPPORT_CUTLASS_BLOCK_FP8, which makes auto cutlass."
         )
     # A machine with kernels does not emulate unless it is told what to emulate.
     runs = [b for b in kernels if not missing[b]] or available
@@ -196,7 +198,7 @@ def _parse_forced(
     forced = []
     choices = {backend.value: backend for backend in (*available, BF16)}
     for item in filter(None, map(str.strip, text.split(","))):
-        pattern, _, name = item.partition("=")
+        pattern, _, name = map(str.strip, item.partition("="))
         if not pattern or name not in choices:
             raise ValueError(
                 f"SGLANG_MXFP8_LINEAR_BACKEND: {item!r} is not PATTERN=BACKEND with one "
@@ -224,8 +226,13 @@ def select_mxfp8_linear_backend(
         dtype: the model's activation dtype.
 
     Raises ValueError where SGLANG_MXFP8_LINEAR_BACKEND names a backend for the layer
-    that does not take it.
+    that does not take it, and for K % 32 != 0, which is no MXFP8.
     """
+    if k % GROUP_SIZE != 0:
+        raise ValueError(
+            f"{prefix} [{n}, {k}]: MXFP8 needs K % {GROUP_SIZE} == 0 on every rank. List "
+            "the layer in modules_to_not_convert, or serve with a smaller --tp."
+        )
     tuned = options.tuned.get((n, k))
     first, reasons = options.preferred, []
     forced = next((p for p in options.forced if _matches(prefix, p[0])), None)
@@ -342,11 +349,13 @@ def tuned_layers(
     """
     path = os.path.join(directory, config_file(device_name))
     if not os.path.exists(path):
+        if directory != CONFIG_DIR:
+            logger.warning(f"SGLANG_MXFP8_CONFIG_DIR has no {path}")
         return {}
     try:
         with open(path) as file:
             layers = parse_table(json.load(file), device_name, flashinfer)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a file that is no table raises
         logger.warning(
             f"Ignored the tuned MXFP8 table {path}: {error}. Measure it again with "
             "tune_mxfp8_layout.py, or remove it."
@@ -373,6 +382,9 @@ def parse_table(
         if type(layer.max_m_8x4) is not int or layer.max_m_8x4 < 0:
             raise ValueError(f"{shape}: max_m_8x4 is {layer.max_m_8x4!r}")
         if layer.backend is not None:
-            layer = TunedLayer(layer.max_m_8x4, Mxfp8LinearBackend(layer.backend))
+            backend = Mxfp8LinearBackend(layer.backend)
+            if not backend.is_flashinfer():
+                raise ValueError(f"{shape}: backend is {layer.backend!r}")
+            layer = TunedLayer(layer.max_m_8x4, backend)
         layers[int(match[1]), int(match[2])] = layer
     return layers
