@@ -1,5 +1,6 @@
 """test/run_suite.py: what it selects, runs, reports and answers in each case."""
 
+import functools
 import json
 import os
 import signal
@@ -296,7 +297,9 @@ def test_what_a_passing_file_leaves_behind_is_ended(tree):
 def test_interrupt(tree, number):
     path = tree.add("test_a.py", HANGING.format("pass", "child.wait()"))
     tree.add("test_b.py", PASSING)
-    with tree.start("--timeout-per-file", "90") as process:
+    # These tests may run in the background themselves, where SIGINT is ignored.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with tree.start("--timeout-per-file", "90", preexec_fn=heed) as process:
         wait_for(Path(f"{path}.pid"))
         process.send_signal(number)
         out, _ = process.communicate(timeout=30)
