@@ -402,10 +402,16 @@ def _describe(choice: Mxfp8LinearChoice, members: List[Mxfp8LinearWeights]) -> s
         f"{w.name.split('.')[-1]} {list(w.layer.weight.shape)}" for w in members
     )
     listed = ", ".join(kinds)
-    layout = ""
-    if choice.backend.is_flashinfer_trtllm():
-        up_to = choice.max_m_8x4
-        layout = f", 8x4 scales up to M = {up_to}" if up_to else ", 128x4 scales"
-        layout = ", 8x4 scales" if up_to == ANY_M else layout
     because = f" since {choice.reason}" if choice.reason else ""
-    return f"{len(members)} on {choice.backend.value}{layout} ({listed}){because}"
+    runs_on = f"{choice.backend.value}{_scale_layout(choice)}"
+    return f"{len(members)} on {runs_on} ({listed}){because}"
+
+
+def _scale_layout(choice: Mxfp8LinearChoice) -> str:
+    if not choice.backend.is_flashinfer_trtllm():
+        return ""
+    if choice.max_m_8x4 == 0:
+        return ", 128x4 scales"
+    if choice.max_m_8x4 == ANY_M:
+        return ", 8x4 scales"
+    return f", 8x4 scales up to M = {choice.max_m_8x4}"

@@ -368,6 +368,8 @@ def tuned_layers(
 def parse_table(
     table: dict, device_name: str, flashinfer: Optional[str]
 ) -> Dict[Tuple[int, int], TunedLayer]:
+    """A table of tune_mxfp8_layout.py, by (N, K). Raises ValueError, or what a wrong type
+    or a missing key raises, unless it is one of this GPU and FlashInfer version."""
     if table.get("rehearsal"):
         raise ValueError("it is a rehearsal, and measured no kernel of FlashInfer")
     for key, here in (("device_name", device_name), ("flashinfer", flashinfer)):
