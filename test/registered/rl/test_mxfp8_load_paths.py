@@ -251,7 +251,9 @@ class TestDiskUpdateFormats(LoadPathTestCase):
         lacking = dict(self.tensors[1])
         del lacking[f"{name}_scale_inv"]
         torch.save(lacking, file)
-        self.assertRegex(refusal(), "down_proj: the checkpoint lacks a weight_scale")
+        self.assertRegex(
+            refusal(), "lacks model.layers.1.mlp.down_proj.weight_scale_inv"
+        )
         os.truncate(file, os.path.getsize(file) // 2)
         self.assertRegex(refusal(), "cannot be read.*Nothing was written")
         self.assert_serves(model, self.tensors[0])

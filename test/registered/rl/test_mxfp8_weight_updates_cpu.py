@@ -41,6 +41,13 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
+def with_weight_scale(tensors: dict) -> dict:
+    """Scales by the name that ModelOpt and compressed-tensors give them."""
+    return {
+        n.replace("weight_scale_inv", "weight_scale"): t for n, t in tensors.items()
+    }
+
+
 def flattened(tensors: dict) -> dict:
     bucket = FlattenedTensorBucket(named_tensors=list(tensors.items()))
     return {
@@ -148,6 +155,21 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             lambda fused: self.update_from_tensor(fused, "direct"), fused_parameters
         )
 
+    def test_scales_by_their_other_name(self):
+        self.assert_updates(self.update_from_tensor, with_weight_scale)
+        self.assert_updates(
+            lambda bucket: self.update_from_tensor(bucket, "flattened_bucket"),
+            lambda tensors: flattened(with_weight_scale(tensors)),
+        )
+        self.assert_updates(
+            lambda fused: self.update_from_tensor(fused, "direct"),
+            lambda tensors: with_weight_scale(fused_parameters(tensors)),
+        )
+        path = os.path.join(self.directory.name, "modelopt")
+        write_checkpoint(path, with_weight_scale(self.tensors["b"]))
+        self.assertTrue(self.update_from_disk(path)["success"])
+        self.assert_serves("b")
+
     def test_custom_loader_that_writes_raw_bytes(self):
         self.assert_updates(
             lambda fused: self.update_from_tensor(fused, RAW_LOADER), fused_parameters
@@ -209,6 +231,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                 return received.result()
 
             self.assert_updates(update, dict)
+            self.assert_updates(update, with_weight_scale)
             name = "model.layers.0.mlp.down_proj.weight"
             refused = update({name: self.tensors["b"][name].float()})
             self.assertFalse(refused["success"])
@@ -263,7 +286,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         norm = {**good, "model.norm.weight": torch.ones(7).bfloat16()}
         self.assert_refused(self.update_from_tensor(norm), r"\(7,\).*\[512\]")
         scale = f"{weight}_scale_inv"
-        renamed = {weight: good[weight], f"{weight}_scale": good[scale]}
+        renamed = {weight: good[weight], f"{weight}_scale_2": good[scale]}
         self.assert_refused(
             self.update_from_tensor(renamed), "is called weight_scale_inv"
         )
@@ -293,7 +316,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         scale = "model.layers.0.mlp.gate_proj.weight_scale_inv"
         good = self.tensors["b"]
         cases = {
-            "lacks a weight_scale_inv beside its weight": {
+            "lacks .*gate_proj.weight_scale_inv beside .*gate_proj.weight": {
                 n: t for n, t in good.items() if n != scale
             },
             "got torch.bfloat16": {**good, weight: good[weight].bfloat16()},

@@ -16,6 +16,10 @@ ModelRunner.update_weights_from_tensor, _model_load_weights_direct
     why: direct and custom loaders write past the parameters' loaders
     until: upstream has restore_weights_before_loading
 
+ModelRunner.configure_kv_cache_dtype
+    why: an MXFP8 checkpoint of ModelOpt may declare an FP8 KV cache
+    until: upstream reads these formats
+
 ModelRunner.get_weights_by_name, ModelRunner.save_remote_model, ModelRunner.save_sharded_model, ModelRunner.check_weights, ModelRunner.send_weights_to_remote_instance
     why: what leaves the server, or is compared, is the checkpoint's bytes
     until: upstream has restore_weights_before_loading
@@ -84,6 +88,14 @@ class ModelRunner:
     @splice
     def update_weights_from_tensor(self):
         custom_loader = as_mxfp8_raw_loader(dynamic_import(load_format))
+
+    @splice
+    def configure_kv_cache_dtype(self, quant_config):
+        kv_cache_quant_algo = getattr(
+            quant_config,
+            "kv_cache_quant_algo",
+            getattr(self.model_config, "kv_cache_quant_algo", None),
+        )
 
     @decorate
     @in_mxfp8_checkpoint_form

@@ -7,6 +7,10 @@ Fp8Config.mxfp8_linear_options
     why: what can run is found out once per server, and before any layer is built
     until: upstream chooses per layer at load
 
+Fp8Config.from_config, Fp8Config.get_quant_method, Fp8Config.override_quantization_method, Fp8Config.apply_weight_name_mapper
+    why: which layers are in MXFP8 is decided in one place, for every checkpoint format and for the parts of fused layers
+    until: upstream reads these formats
+
 Fp8LinearMethod.__init__
     why: MXFP8 has a dispatch of its own; block FP8's raises for flashinfer_trtllm off SM100
     thread: sgl-project/sglang#21576
@@ -39,7 +43,7 @@ Fp8LinearMethod.apply
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from overlay.marks import append, drop, prepend, splice
 from torch.nn import Module
@@ -53,6 +57,11 @@ from sglang.srt.layers.quantization.fp8_utils import (
     dispatch_w8a8_mxfp8_linear,
     get_fp8_gemm_runner_backend,
 )
+from sglang.srt.layers.quantization.mxfp8_formats import (
+    describe_mxfp8,
+    is_mxfp8_layer,
+    renamed_layers,
+)
 from sglang.srt.layers.quantization.mxfp8_routing import (
     Mxfp8LinearOptions,
     resolve_mxfp8_linear_backend,
@@ -61,10 +70,67 @@ from sglang.srt.layers.quantization.mxfp8_routing import (
 from sglang.srt.layers.quantization.mxfp8_weights import Mxfp8LinearWeights
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.quantization.fp8 import dispatch_w8a8_block_fp8_linear
+    from sglang.srt.layers.quantization.fp8 import (
+        Fp8MoEMethod,
+        UnquantizedLinearMethod,
+        dispatch_w8a8_block_fp8_linear,
+        get_moe_runner_backend,
+        is_layer_skipped,
+        is_sm100_supported,
+    )
+    from sglang.srt.models.utils import WeightsMapper
 
 
 class Fp8Config(QuantizationConfig):
+    @prepend
+    def from_config(cls, config):
+        config = describe_mxfp8(config) or config
+
+    @drop
+    def from_config(cls):
+        if use_mxfp8 and weight_block_size is not None:
+            ...
+
+    @splice
+    def get_quant_method(self, layer, prefix, LinearBase, FusedMoE):
+        if isinstance(layer, LinearBase):
+            quantized = self._quantizes(prefix)
+            return Fp8LinearMethod(self) if quantized else UnquantizedLinearMethod()
+        if isinstance(layer, FusedMoE):
+            if self.use_mxfp8 and not self._quantizes(prefix):
+                return None
+            self._require_mxfp8_experts(prefix)
+            return Fp8MoEMethod(self)
+
+    def _quantizes(self, prefix: str) -> bool:
+        if self.use_mxfp8:
+            return is_mxfp8_layer(prefix, self.ignored_layers)
+        return not is_layer_skipped(prefix, self.ignored_layers)
+
+    def _require_mxfp8_experts(self, prefix: str) -> None:
+        if self.use_mxfp8 and not (
+            is_sm100_supported() and get_moe_runner_backend().is_cutlass()
+        ):
+            raise ValueError(
+                f"{prefix}: MXFP8 experts run on SM100 only, with --moe-runner-backend "
+                "cutlass, which --quantization mxfp8 chooses. Elsewhere they have to be "
+                "in bf16."
+            )
+
+    @classmethod
+    def override_quantization_method(cls, hf_quant_cfg, user_quant) -> Optional[str]:
+        """The answer is "mxfp8" for an MXFP8 checkpoint, if the user's flag names its format."""
+        served_as = hf_quant_cfg.get("checkpoint_format")
+        flag = (user_quant or "").replace("_", "-")
+        return "mxfp8" if served_as and flag.startswith(served_as) else None
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
+        """Rename the layers that are not in MXFP8 as the model renames its weights."""
+        if self.use_mxfp8:
+            self.ignored_layers = renamed_layers(
+                self.ignored_layers, hf_to_sglang_mapper.apply_list
+            )
+
     def get_min_capability(self) -> int:
         if not self.use_mxfp8:
             return 80

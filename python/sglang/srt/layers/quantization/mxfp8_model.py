@@ -15,6 +15,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Tuple
 import torch
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.layers.quantization.mxfp8_formats import with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8_routing import (
     ANY_M,
     Mxfp8LinearChoice,
@@ -72,10 +73,23 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
     quant_config = layers[0].layer.quant_method.quant_config
     model.mxfp8_update_check = UpdateCheck(
-        layers, _meta_model_builder(loader, model_config, quant_config)
+        _meta_model_builder(loader, model_config, quant_config), layers
     )
     model.load_weights = _managed(model, model.mxfp8_update_check, layers)
     return model
+
+
+def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None:
+    """Before the files of an MXFP8 model are read: raise ValueError, naming a tensor, if
+    the model, which is built, would not take them. Reads their headers only."""
+    layers = mxfp8_layers(model)
+    if not layers or not _reads_files(loader):
+        return
+    source = loader.Source.init_new(model_config, model)
+    quant_config = layers[0].layer.quant_method.quant_config
+    UpdateCheck(_meta_model_builder(loader, model_config, quant_config)).files(
+        *_files_of(loader, source)
+    )
 
 
 def check_mxfp8_disk_update(
@@ -89,29 +103,20 @@ def check_mxfp8_disk_update(
 
     Reads the files' headers only.
     """
-    from sglang.srt.model_loader.loader import (
-        DefaultModelLoader,
-        QuantizedRLModelLoader,
-        get_model_loader,
-    )
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
     if not has_mxfp8_layers(model):
         return None
     refusal = None
     try:
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
-        # flash_rl would replace the parameters and model.load_weights for good.
-        if isinstance(loader, QuantizedRLModelLoader) or not isinstance(
-            loader, DefaultModelLoader
-        ):
+        if not _reads_files(loader):
             raise UpdateRefused(
                 f"load format {load_format} cannot update a served MXFP8 model; use auto"
             )
         source = DefaultModelLoader.Source.init_new(model_config, model)
-        _, files, use_safetensors = loader._prepare_weights(
-            model_path, source.revision, source.fall_back_to_pt
-        )
-        model.mxfp8_update_check.files(files, use_safetensors, name_filter)
+        source.model_or_path = model_path
+        model.mxfp8_update_check.files(*_files_of(loader, source), name_filter)
     except Exception as error:
         refusal = error
     try:
@@ -119,6 +124,27 @@ def check_mxfp8_disk_update(
     except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
+
+
+def _reads_files(loader) -> bool:
+    """Whether weights go from files through the parameters' loaders, as they are."""
+    from sglang.srt.model_loader.loader import (
+        DefaultModelLoader,
+        QuantizedRLModelLoader,
+    )
+
+    # flash_rl would replace the parameters and model.load_weights for good.
+    return isinstance(loader, DefaultModelLoader) and not isinstance(
+        loader, QuantizedRLModelLoader
+    )
+
+
+def _files_of(loader, source) -> Tuple[List[str], bool]:
+    """A checkpoint's files, and whether they are safetensors."""
+    _, files, use_safetensors = loader._prepare_weights(
+        source.model_or_path, source.revision, source.fall_back_to_pt
+    )
+    return files, use_safetensors
 
 
 def has_mxfp8_layers(model: torch.nn.Module) -> bool:
@@ -198,7 +224,7 @@ def _direct_writes(
     parameters = dict(model.named_parameters())
     owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
-    for name, tensor in named_tensors:
+    for name, tensor in with_mxfp8_names(named_tensors):
         if name not in parameters:
             raise ValueError(f"the model has no parameter {name}")
         param = parameters[name]
@@ -236,7 +262,7 @@ def _managed(
         _wait_for_kernels(layers)
         try:
             if not inspect.isgenerator(weights):
-                weights = list(weights)
+                weights = list(with_mxfp8_names(weights))
                 weights += _other_halves(model, dict(weights))
                 agree_to_write(_refusal_of(check.tensors, weights))
             return load_weights(weights, *args, **kwargs)
@@ -366,8 +392,8 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
         shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(
             f"the checkpoint did not fill {len(missing)} MXFP8 tensors: {shown}. "
-            "Check that it has a weight_scale_inv beside every quantized weight, and "
-            "that layers kept in bf16 are listed in modules_to_not_convert."
+            "Check that it has a scale beside every quantized weight, and that its "
+            "quantization config lists the layers that are kept in bf16."
         )
 
 

@@ -16,11 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from sglang.srt.layers.quantization.mxfp8_formats import SCALE, with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8_weights import (
-    SCALE,
     WEIGHT,
     Mxfp8LinearWeights,
-    mxfp8_layers,
     name_mxfp8_layers,
 )
 
@@ -126,18 +125,21 @@ def _gather(group, value: Any) -> list:
 
 
 class UpdateCheck:
-    """Tells whether a model would take an update, without touching the model.
+    """Tells whether a model would take weights, without touching the model.
 
     Args:
-        layers: the model's MXFP8 layers, loaded.
         build: makes the same model on the meta device; called at the first check.
+        layers: the model's MXFP8 layers, if they are loaded: what they loaded has the
+            shapes that they take.
     """
 
     def __init__(
-        self, layers: List[Mxfp8LinearWeights], build: Callable[[], torch.nn.Module]
+        self,
+        build: Callable[[], torch.nn.Module],
+        layers: Optional[List[Mxfp8LinearWeights]] = None,
     ) -> None:
-        self._layers = {weights.name: weights for weights in layers}
         self._build = build
+        self._layers = layers and {weights.name: weights for weights in layers}
         self._model: Optional[torch.nn.Module] = None
         self._cannot_check = False
 
@@ -163,22 +165,11 @@ class UpdateCheck:
             _check_index(files, {name for name, _ in found})
         if name_filter is not None:
             found = [(name, tensor) for name, tensor in found if name_filter(name)]
-        written = self._load(found, whole=True)
-        for weights in written:
-            shards = {SCALE: set(), WEIGHT: set()}
-            for name, shard in weights.loaded:
-                shards[name].add(shard)
-            if shards[SCALE] != shards[WEIGHT]:
-                lacks = SCALE if shards[WEIGHT] - shards[SCALE] else WEIGHT
-                raise UpdateRefused(
-                    f"{weights.name}: the checkpoint lacks a {lacks} beside its "
-                    f"{WEIGHT if lacks == SCALE else SCALE}"
-                )
+        _refuse_missing_scales(found)
+        self._load(found, whole=True)
 
-    def _load(
-        self, named_tensors: NamedTensors, whole: bool
-    ) -> List[Mxfp8LinearWeights]:
-        """Load meta tensors into the meta model; its layers that were written.
+    def _load(self, named_tensors: NamedTensors, whole: bool) -> None:
+        """Load meta tensors into the meta model.
 
         A `whole` checkpoint of which the model takes nothing is refused; a bucket may
         be another pipeline stage's or a draft model's.
@@ -186,23 +177,20 @@ class UpdateCheck:
         if self._model is None and not self._cannot_check:
             self._make_model()
         if self._model is None:
-            return []
-        layers = mxfp8_layers(self._model)
-        for weights in layers:
-            weights.loaded.clear()
+            return
         taken: Set[str] = set()
         probes = [(name, _Probe.of(t, {name}, taken)) for name, t in named_tensors]
         try:
             self._model.load_weights(iter(probes))
         except Exception as error:
             if _is_unsupported_on_meta(error):
-                logger.warning("This weight update cannot be checked first: %s", error)
-                return []
+                logger.warning("These weights cannot be checked first: %s", error)
+                return
             raise UpdateRefused(str(error) or repr(error)) from error
         untaken = [name for name, _ in probes if name not in taken]
         _refuse_lost_scales(untaken, taken)
         nothing = (
-            f"the model takes nothing of {len(untaken)} tensors in this weight update: "
+            f"the model takes nothing of {len(untaken)} tensors among these weights: "
             f"{', '.join(untaken[:8])}"
         )
         if whole:
@@ -211,7 +199,6 @@ class UpdateCheck:
                 raise UpdateRefused(nothing)
         if untaken:
             logger.warning(nothing)
-        return [weights for weights in layers if weights.loaded]
 
     def _refuse_halves(self, untaken: List[str]) -> None:
         """A checkpoint with one half of a fused layer loses it."""
@@ -227,9 +214,12 @@ class UpdateCheck:
             model = self._build()
         except Exception as error:
             self._cannot_check = True
-            logger.warning("Weight updates cannot be checked first: %s", error)
+            logger.warning("Weights cannot be checked first: %s", error)
             return
         for weights in name_mxfp8_layers(model):
+            weights.fixed_shapes = True
+            if self._layers is None:
+                continue
             if weights.name not in self._layers:
                 raise UpdateRefused(
                     f"{weights.name}: the model gave this layer up after loading; "
@@ -237,7 +227,6 @@ class UpdateCheck:
                 )
             loaded = self._layers[weights.name].shapes
             weights.shapes = {name: dict(s) for name, s in loaded.items()}
-            weights.fixed_shapes = True
         # It computes with the weights, which the meta device has not.
         if hasattr(model, "post_load_weights"):
             model.post_load_weights = lambda *args, **kwargs: None
@@ -293,8 +282,23 @@ def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
         if last.startswith(f"{WEIGHT}_scale") and f"{layer}.{WEIGHT}" in taken:
             raise UpdateRefused(
                 f"the model takes {layer}.{WEIGHT} but not {name}; the scale of an MXFP8 "
-                f"layer is called {SCALE}"
+                f"layer is called {SCALE} or weight_scale"
             )
+
+
+def _refuse_missing_scales(found: List[Tuple[str, torch.Tensor]]) -> None:
+    """A checkpoint's e4m3 weight needs its scale, and a scale its weight."""
+    dtypes = {name: tensor.dtype for name, tensor in with_mxfp8_names(found)}
+    for name, dtype in dtypes.items():
+        layer, _, last = name.rpartition(".")
+        if last == WEIGHT and dtype == torch.float8_e4m3fn:
+            other = f"{layer}.{SCALE}"
+        elif last == SCALE:
+            other = f"{layer}.{WEIGHT}"
+        else:
+            continue
+        if other not in dtypes:
+            raise UpdateRefused(f"the checkpoint lacks {other} beside {name}")
 
 
 def _is_unsupported_on_meta(error: Exception) -> bool:

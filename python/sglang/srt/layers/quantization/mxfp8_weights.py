@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 import torch
 
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8_formats import SCALE
 from sglang.srt.layers.quantization.mxfp8_layout import (
     GROUP_SIZE,
     MAX_TEMPORARY_BYTES,
@@ -32,7 +33,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
 )
 from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearChoice
 
-WEIGHT, SCALE = "weight", "weight_scale_inv"
+WEIGHT = "weight"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
 _SAME_BYTES = {
     torch.float8_e4m3fn: (torch.uint8,),
@@ -96,7 +97,7 @@ class Mxfp8LinearWeights:
         name = WEIGHT if param is self.layer.weight else SCALE
         shard = shard_id[0] if shard_id else None
         if self.fixed_shapes:
-            self._check_shape(name, shard, loaded.shape)
+            self._check_shape(name, shard, loaded)
         self._note(name, shard, loaded)
         if self.quantize_on_load and name == SCALE:
             raise ValueError(
@@ -192,8 +193,9 @@ class Mxfp8LinearWeights:
         if loaded.dtype in _SAME_BYTES[param.dtype]:
             return loaded.view(param.dtype)
         raise ValueError(
-            f"{self.name}.{name} holds {param.dtype}, got {loaded.dtype}; send MXFP8 "
-            "(e4m3 weight and E8M0 scale), or serve with --quantization mxfp8"
+            f"{self._label(name, loaded)} holds {param.dtype}, got {loaded.dtype}; send "
+            "MXFP8 (e4m3 weight and E8M0 scale), list the layer among those that the "
+            "checkpoint does not quantize, or serve with --quantization mxfp8"
         )
 
     def check_parameters(self) -> None:
@@ -248,13 +250,18 @@ class Mxfp8LinearWeights:
         parts = sum(len(s) if isinstance(s, tuple) else 1 for s in shards)
         return None in shards or parts == len(self.layer.logical_widths)
 
-    def _check_shape(self, name: str, shard, shape: torch.Size) -> None:
+    def _check_shape(self, name: str, shard, loaded: torch.Tensor) -> None:
         expected = self.shapes[name].get(shard) or self._full_shape(name, shard)
-        if expected is not None and shape != expected:
+        if expected is not None and loaded.shape != expected:
             part = "" if shard is None else f" (shard {shard})"
             raise ValueError(
-                f"{self.name}.{name}{part} is {list(expected)}, got {list(shape)}"
+                f"{self._label(name, loaded)}{part} is {list(expected)}, got "
+                f"{list(loaded.shape)}{_swizzled_hint(name, loaded, expected)}"
             )
+
+    def _label(self, name: str, loaded: torch.Tensor) -> str:
+        """The parameter, by the checkpoint's name where a check knows it."""
+        return ", ".join(getattr(loaded, "origins", ())) or f"{self.name}.{name}"
 
     def _full_shape(self, name: str, shard) -> Optional[torch.Size]:
         """Shape of a whole tensor of the checkpoint, as the layer declares it."""
@@ -298,6 +305,12 @@ def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
 
 def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
     return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
+
+
+def _swizzled_hint(name: str, loaded: torch.Tensor, shape: torch.Size) -> str:
+    if name == SCALE and loaded.numel() == swizzled_scale_numel(*shape):
+        return ": it looks swizzled, and has to be linear"
+    return ""
 
 
 def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:

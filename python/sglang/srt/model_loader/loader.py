@@ -1,0 +1,26 @@
+"""
+_initialize_model
+    why: ModelOpt and compressed-tensors call an MXFP8 scale weight_scale; every load and update takes both names
+    until: upstream reads these formats
+
+DefaultModelLoader._get_all_weights
+    why: a checkpoint that does not fit is refused by the name of its tensor, before it is read
+    until: upstream checks checkpoints
+"""
+
+from overlay.marks import decorate, prepend
+
+from sglang.srt.layers.quantization.mxfp8_formats import takes_mxfp8_names
+
+
+@decorate
+@takes_mxfp8_names
+def _initialize_model(): ...
+
+
+class DefaultModelLoader:
+    @prepend
+    def _get_all_weights(self, model_config, model):
+        from sglang.srt.layers.quantization.mxfp8_model import check_mxfp8_checkpoint
+
+        check_mxfp8_checkpoint(self, model_config, model)
