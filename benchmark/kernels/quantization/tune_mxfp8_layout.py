@@ -18,17 +18,23 @@ import json
 import os
 import statistics
 import sys
-import time
 from pathlib import Path
-from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from bench_mxfp8_weight_prep import driver_version
+from mxfp8_timing import (
+    DEFAULT_M,
+    Operands,
+    captured,
+    interleaved_seconds,
+    positive,
+    rotated_operands,
+)
 from tqdm import tqdm
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.fp8_utils import flashinfer_mxfp8_linear
-from sglang.srt.layers.quantization.mxfp8_layout import GROUP_SIZE, swizzled_scale_numel
 from sglang.srt.layers.quantization.mxfp8_routing import (
     ANY_M,
     CONFIG_DIR,
@@ -50,9 +56,7 @@ CANDIDATES = {
     "trtllm_128x4": ("trtllm", 0),
     "cutlass": ("cutlass", 0),
 }
-DEFAULT_M = [2**i for i in range(14)]
 REPEATS, REHEARSAL_REPEATS = 100, 3
-WARM_UPS = 3
 REHEARSAL_NOTE = (
     "This is a rehearsal: an emulation was timed, which says nothing about the speed of "
     "FlashInfer's kernels. The server ignores the table."
@@ -297,38 +301,6 @@ def pretend_tensor_parallel(tp: int) -> None:
         setattr(parallel_state, name, group)
 
 
-class Operands(NamedTuple):
-    """Input bf16 [M, K], weight e4m3 [N, K], scale uint8 [N, K/32] with room behind it."""
-
-    input: torch.Tensor
-    weight: torch.Tensor
-    scale: torch.Tensor
-
-
-def random_operands(n: int, k: int, m: int, device: str) -> Operands:
-    """Kernel forms are permutations, so random bytes are one, of every backend."""
-    groups = k // GROUP_SIZE
-    size = (swizzled_scale_numel(n, groups),)
-    room = torch.randint(117, 124, size, dtype=torch.uint8, device=device)
-    weight = torch.randn(n, k, dtype=torch.bfloat16, device=device)
-    return Operands(
-        torch.randn(m, k, dtype=torch.bfloat16, device=device),
-        weight.to(torch.float8_e4m3fn),
-        room[: n * groups].view(n, groups),
-    )
-
-
-def rotated_operands(n: int, k: int, m: int, rehearsal: bool) -> List[Operands]:
-    """So many that each is out of the L2 cache before its turn comes again."""
-    device = "cuda" if is_cuda() else "cpu"
-    first, count = random_operands(n, k, m, device), 2
-    if not rehearsal:
-        nbytes = sum(tensor.nbytes for tensor in first)
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = 1 + max(1, -(-2 * cache // nbytes))
-    return [first, *(random_operands(n, k, m, device) for _ in range(count - 1))]
-
-
 def linears(operands: Sequence[Operands], backend: str, max_m_8x4: int) -> None:
     for input, weight, scale in operands:
         flashinfer_mxfp8_linear(
@@ -336,64 +308,20 @@ def linears(operands: Sequence[Operands], backend: str, max_m_8x4: int) -> None:
         )
 
 
-def captured(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as a CUDA graph, without a GPU `run` itself; warmed up."""
-    run()
-    if not is_cuda():
-        return run
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for _ in range(WARM_UPS):
-        graph.replay()
-    return graph.replay
-
-
-def interleaved_medians(
-    runs: Mapping[str, Callable[[], None]], repeats: int
-) -> Dict[str, float]:
-    """Median seconds of each run, taken in turn: CUDA events, or the clock without a GPU."""
-    samples: Dict[str, List[Callable[[], float]]] = {name: [] for name in runs}
-    timed = timed_on_gpu if is_cuda() else timed_on_cpu
-    for _ in range(repeats):
-        for name, run in runs.items():
-            samples[name].append(timed(run))
-    if is_cuda():
-        torch.cuda.synchronize()
-    return {
-        name: statistics.median(s() for s in taken) for name, taken in samples.items()
-    }
-
-
-def timed_on_gpu(run: Callable[[], None]) -> Callable[[], float]:
-    """Enqueue `run`; its seconds can be read once the device is synchronized."""
-    # No wait in between: the host's launch hides behind the run before.
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    return lambda: start.elapsed_time(end) / 1e3
-
-
-def timed_on_cpu(run: Callable[[], None]) -> Callable[[], float]:
-    start = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - start
-    return lambda: seconds
-
-
 def measure_at(n: int, k: int, m: int, rehearsal: bool) -> Dict[str, float]:
     """Median microseconds of one linear by candidate, the L2 cache cold."""
-    operands = rotated_operands(n, k, m, rehearsal)
+    operands = rotated_operands(n, k, m)
     runs = {
         name: captured(lambda settings=settings: linears(operands, *settings))
         for name, settings in CANDIDATES.items()
         # FlashInfer checks the weight's scale by the length of the 8x4 layout.
         if name != "trtllm_8x4" or n % 128 == 0
     }
-    medians = interleaved_medians(runs, REHEARSAL_REPEATS if rehearsal else REPEATS)
-    return {name: seconds / len(operands) * 1e6 for name, seconds in medians.items()}
+    seconds = interleaved_seconds(runs, REHEARSAL_REPEATS if rehearsal else REPEATS)
+    return {
+        name: statistics.median(taken) / len(operands) * 1e6
+        for name, taken in seconds.items()
+    }
 
 
 def measure(n: int, k: int, ms: Sequence[int], rehearsal: bool, bar: tqdm) -> Measured:
@@ -472,13 +400,6 @@ def shape_argument(text: str) -> Shape:
     if reason:
         raise argparse.ArgumentTypeError(f"{text}: {reason}")
     return n, k
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 def main() -> None:
