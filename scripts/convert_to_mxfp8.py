@@ -1,10 +1,15 @@
 #!/usr/bin/env python3
 """Convert a Hugging Face checkpoint to an MXFP8 checkpoint that sglang loads.
 
-    convert_to_mxfp8.py INPUT OUTPUT [--ignore GLOB ...] [--max-shard-size 2GB]
+    convert_to_mxfp8.py INPUT OUTPUT [--format FORMAT] [--ignore GLOB ...]
 
 Every linear's `weight` [N, K] becomes float8_e4m3fn with one E8M0 byte per 32 values of
-K in `weight_scale_inv` (uint8 [N, K/32]); config.json says so in `quantization_config`.
+K, uint8 [N, K/32]. The bytes are the same in every format, names and configs are not:
+
+    sglang              `weight_scale_inv`; `quantization_config` in config.json
+    modelopt            `weight_scale`; as NVIDIA's ModelOpt, hf_quant_config.json too
+    compressed-tensors  `weight_scale`; as llm-compressor, "mxfp8-quantized"
+
 Embeddings, norms, the output head, MoE routers and vision towers stay as they are, as
 do linears that --ignore names. Everything is checked before anything is written.
 
@@ -23,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +38,7 @@ from tqdm import tqdm
 
 GROUP_SIZE = 32
 CONFIG = "config.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CONVERTIBLE = ("BF16", "F16", "F32")
@@ -80,12 +86,37 @@ class Tensor:
         return self.name.removesuffix(".weight")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What becomes MXFP8 and what stays, by module name.
+
+    `fused` names the merged linears of sglang whose parts are all kept.
+    """
+
+    converted: List[Tensor]
+    kept: List[str]
+    fused: List[str]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form of MXFP8 checkpoint: the name of its scales, and what its configs say.
+
+    `describe` gives the `quantization_config` and what else to write beside config.json,
+    by file name.
+    """
+
+    scale_suffix: str
+    describe: Callable[[Choice], Tuple[dict, Dict[str, dict]]]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
     try:
         convert(
             args.input,
             args.output,
+            format=args.format,
             ignore=args.ignore,
             max_shard_bytes=args.max_shard_size,
             device=args.device,
@@ -100,12 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def convert(
     source: Path,
     output: Path,
+    format: str = "sglang",
     ignore: Sequence[str] = (),
     max_shard_bytes: int = 2 * 10**9,
     device: str = "cpu",
     overwrite: bool = False,
 ) -> None:
     """Convert the checkpoint in `source` and put the result at `output`, all or nothing.
+
+    `format` is a name in FORMATS.
 
     Raises ConversionError before writing where the input, the patterns in `ignore` or
     the output directory do not allow it, and while converting where a weight is not
@@ -116,8 +150,10 @@ def convert(
         raise ConversionError("no CUDA device is visible: leave --device cuda out")
     config = _read_config(source)
     tensors = _read_headers(source)
-    converted, kept = _choose(tensors, ignore)
-    names = {tensor.name for tensor in converted}
+    choice = _choose(tensors, ignore)
+    form = FORMATS[format]
+    quantization_config, sidecars = form.describe(choice)
+    names = {tensor.name for tensor in choice.converted}
     shards = _plan_shards(tensors, names, max_shard_bytes)
     quantize = _load_quantizer()
 
@@ -131,7 +167,7 @@ def convert(
                 for tensor, value in _read_tensors(source, shard):
                     if tensor.name in names:
                         value, scale = _quantize(tensor, value, quantize, device)
-                        content[f"{tensor.name}_scale_inv"] = scale
+                        content[f"{tensor.name}{form.scale_suffix}"] = scale
                     content[tensor.name] = value
                     progress.update()
                 save_file(content, staging / file, metadata={"format": "pt"})
@@ -140,13 +176,14 @@ def convert(
         if len(shards) > 1:
             index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             _write_json(staging / INDEX, index)
-        config["quantization_config"] = _quantization_config(kept)
         _copy_other_files(source, staging)
-        _write_json(staging / CONFIG, config)
+        config["quantization_config"] = quantization_config
+        for file, settings in {CONFIG: config, **sidecars}.items():
+            _write_json(staging / file, settings)
 
     before = sum(tensor.bytes for tensor in tensors)
     print(
-        f"{output}: {len(converted)} linears in MXFP8, {len(tensors) - len(converted)} "
+        f"{output}: {len(names)} linears in MXFP8, {len(tensors) - len(names)} "
         f"tensors as they were, {before / 1e6:.0f} MB became {size / 1e6:.0f} MB"
     )
 
@@ -157,6 +194,12 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("input", type=Path, help="Hugging Face checkpoint directory")
     parser.add_argument("output", type=Path, help="directory to create")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="sglang",
+        help="whose names and configs to write (default: %(default)s)",
+    )
     parser.add_argument(
         "--ignore",
         action="append",
@@ -214,7 +257,7 @@ def _read_config(source: Path) -> dict:
     for name, settings in (
         (CONFIG, config.get("quantization_config")),
         (CONFIG, config.get("compression_config")),
-        ("hf_quant_config.json", (source / "hf_quant_config.json").exists()),
+        (HF_QUANT_CONFIG, (source / HF_QUANT_CONFIG).exists()),
     ):
         if settings:
             method = (
@@ -288,10 +331,8 @@ def _bytes(dtype: str, shape: Iterable[int]) -> int:
     return math.prod(shape) * (int(bits[1]) if bits else 8) // 8
 
 
-def _choose(
-    tensors: Sequence[Tensor], ignore: Sequence[str]
-) -> Tuple[List[Tensor], List[str]]:
-    """Split the linears into the tensors to convert and the module names to keep.
+def _choose(tensors: Sequence[Tensor], ignore: Sequence[str]) -> Choice:
+    """Split the two-dimensional weights into those to convert and those to keep.
 
     Raises ConversionError where sglang could not load, or MXFP8 not hold, the result.
     """
@@ -330,11 +371,9 @@ def _choose(
         )
     converted_modules = {tensor.module for tensor in converted}
     kept = [
-        tensor.module
-        for tensor in candidates
-        if tensor.module not in converted_modules and "embed" not in tensor.module
+        tensor.module for tensor in candidates if tensor.module not in converted_modules
     ]
-    kept += _fused_names(converted_modules, kept)
+    fused = _fused_names(converted_modules, _not_embeddings(kept))
 
     for tensor in converted:
         if tensor.shape[1] % GROUP_SIZE != 0:
@@ -348,8 +387,7 @@ def _choose(
                 f"{name} is an expert, and sglang quantizes all experts or none: leave "
                 "them out of --ignore"
             )
-    _check_substrings(converted_modules, kept)
-    return converted, kept
+    return Choice(converted, kept, fused)
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:
@@ -387,6 +425,16 @@ def _fused_names(converted: Iterable[str], kept: Iterable[str]) -> List[str]:
             if len(present) > 1:
                 fused.append(f"{prefix}{name}")
     return fused
+
+
+def _not_embeddings(modules: Iterable[str]) -> List[str]:
+    return [module for module in modules if "embed" not in module]
+
+
+def _with_head(modules: Sequence[str]) -> List[str]:
+    """The names sorted; a head that is tied, and so has no tensor, is listed too."""
+    tied = not any(_matches(module, ("lm_head", "*.lm_head")) for module in modules)
+    return sorted([*modules, "lm_head"] if tied else modules)
 
 
 def _check_substrings(converted: Iterable[str], kept: Iterable[str]) -> None:
@@ -472,14 +520,85 @@ def _quantize(
     return merged.view(torch.float8_e4m3fn), torch.cat(scales)
 
 
-def _quantization_config(kept: Sequence[str]) -> dict:
-    return {
+def _sglang_config(choice: Choice) -> Tuple[dict, Dict[str, dict]]:
+    unquantized = _not_embeddings(choice.kept) + choice.fused
+    _check_substrings([tensor.module for tensor in choice.converted], unquantized)
+    config = {
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [1, GROUP_SIZE],
         "scale_fmt": "ue8m0",
-        "modules_to_not_convert": sorted(kept),
+        "modules_to_not_convert": sorted(unquantized),
     }
+    return config, {}
+
+
+def _modelopt_config(choice: Choice) -> Tuple[dict, Dict[str, dict]]:
+    unquantized = _with_head(choice.kept)
+    # Readers look at the producer; the version is that whose form is followed here.
+    producer = {"name": "modelopt", "version": "0.47.0"}
+    config = {
+        "ignore": unquantized,
+        "quant_algo": "MXFP8",
+        "producer": producer,
+        "quant_method": "modelopt",
+    }
+    quantization = {
+        "quant_algo": "MXFP8",
+        "kv_cache_quant_algo": None,
+        "group_size": GROUP_SIZE,
+        "exclude_modules": unquantized,
+    }
+    sidecar = {"producer": producer, "quantization": quantization}
+    return config, {HF_QUANT_CONFIG: sidecar}
+
+
+def _compressed_tensors_config(choice: Choice) -> Tuple[dict, Dict[str, dict]]:
+    group = {
+        "format": "mxfp8-quantized",
+        "input_activations": _quantization_args(dynamic=True, observer=None),
+        "output_activations": None,
+        "targets": ["Linear"],
+        "weights": _quantization_args(dynamic=False, observer="memoryless_minmax"),
+    }
+    config = {
+        "config_groups": {"group_0": group},
+        "format": "mxfp8-quantized",
+        "global_compression_ratio": None,
+        "ignore": _with_head(choice.kept),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "sparsity_config": {},
+        "transform_config": {},
+        # The version of the library whose form this is.
+        "version": "0.15.0.1",
+    }
+    return config, {}
+
+
+def _quantization_args(dynamic: bool, observer: str | None) -> dict:
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": GROUP_SIZE,
+        "num_bits": 8,
+        "observer": observer,
+        "observer_kwargs": {},
+        "scale_dtype": "torch.uint8",
+        "strategy": "group",
+        "symmetric": True,
+        "type": "float",
+        "zp_dtype": None,
+    }
+
+
+FORMATS = {
+    "sglang": Format("_scale_inv", _sglang_config),
+    "modelopt": Format("_scale", _modelopt_config),
+    "compressed-tensors": Format("_scale", _compressed_tensors_config),
+}
 
 
 def _copy_other_files(source: Path, target: Path) -> None:

@@ -276,6 +276,42 @@ def test_refusals(shapes, arguments, words, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
+def test_names_within_names_matter_to_sglang_alone(form, tmp_path):
+    """The other formats' readers compare whole names."""
+    shapes = weights(mlp__gate=(8, 64), mlp__gate_proj=(64, 64), mlp__up_proj=(64, 64))
+    source = write_checkpoint(tmp_path / "in", **shapes)
+    assert main([str(source), str(tmp_path / "out"), f"--format={form}"]) == 0
+    listed = read_config(tmp_path / "out")["quantization_config"]["ignore"]
+    assert listed == ["lm_head", f"{LAYER}.mlp.gate"]
+
+
+@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
+def test_part_of_a_merged_linear_is_refused_in_every_format(form, tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "in", **QKV)
+    arguments = [str(source), str(tmp_path / "out"), f"--format={form}"]
+    words = [f"{ATTENTION}.k_proj", "q_proj, k_proj, v_proj", "qkv_proj"]
+    assert_refused(capsys, tmp_path, [*arguments, "--ignore", "*.k_proj"], words)
+
+
+@pytest.mark.parametrize("form", sorted(convert_to_mxfp8.FORMATS))
+def test_what_it_wrote_is_refused_as_input(form, tmp_path, capsys):
+    source, output = write_checkpoint(tmp_path / "in", **QKV), tmp_path / "out"
+    assert main([str(source), str(output), f"--format={form}"]) == 0
+    again = [str(output), str(tmp_path / "again")]
+    assert_refused(capsys, tmp_path, again, ["already quantized", "config.json"])
+    (output / "config.json").write_text("{}")
+    (output / "hf_quant_config.json").unlink(missing_ok=True)
+    assert_refused(capsys, tmp_path, again, [f"{ATTENTION}.", "already quantized"])
+
+
+def test_unknown_format(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / "in"), str(tmp_path / "out"), "--format=gguf"])
+    assert exit.value.code == 2
+    assert "'sglang', 'modelopt', 'compressed-tensors'" in capsys.readouterr().err
+
+
 def assert_refused(capsys, directory: Path, arguments, words) -> None:
     """Refused with 2 and one line that has `words`, and nothing is left in `directory`."""
     before = sorted(directory.rglob("*"))
