@@ -7,6 +7,7 @@ servers run when MXFP8_TEST_MODEL names the MXFP8 checkpoint of SmolLM2-135M-Ins
 import contextlib
 import json
 import os
+import re
 import tempfile
 import unittest
 from pathlib import Path
@@ -19,13 +20,15 @@ from sglang.srt.layers.quantization import fp8
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.mxfp8_formats import (
     describe_mxfp8,
+    flat_modelopt_mxfp8,
     is_mxfp8_layer,
     renamed_layers,
 )
 from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_checkpoint_form
 from sglang.srt.model_loader.loader import DefaultModelLoader
-from sglang.srt.models.utils import WeightsMapper
+from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     TINY_LLAMA,
@@ -101,8 +104,9 @@ class TestDescription(CustomTestCase):
             (own, "mxfp8", []),
             ({**own, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
             (modelopt(), "modelopt", ["glob:lm_head"]),
-            (hf_quant_config(), "modelopt", ["glob:lm_head"]),
-            ({"quant_algo": "MXFP8"}, "modelopt", []),
+            (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
+            (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
+            ({**own, "scale_fmt": "UE8M0"}, "mxfp8", []),
             (compressed_tensors(), "compressed-tensors", ["glob:lm_head"]),
         ):
             with self.subTest(config=config):
@@ -110,11 +114,12 @@ class TestDescription(CustomTestCase):
                 self.assertEqual(
                     described,
                     {
+                        **config,
                         "quant_method": "mxfp8",
                         "activation_scheme": "dynamic",
                         "weight_block_size": [1, 32],
                         "scale_fmt": "ue8m0",
-                        "checkpoint_format": name,
+                        "mxfp8_format": name,
                         "ignored_layers": ignored,
                     },
                 )
@@ -133,7 +138,7 @@ class TestDescription(CustomTestCase):
     def test_an_fp8_cache_is_told(self):
         for config in (
             modelopt(kv_cache_scheme=FP8_CACHE),
-            hf_quant_config(kv_cache_quant_algo="FP8"),
+            flat_modelopt_mxfp8(hf_quant_config(kv_cache_quant_algo="FP8")),
             compressed_tensors(kv_cache_scheme=FP8_CACHE),
         ):
             described = describe_mxfp8(config)
@@ -148,8 +153,7 @@ class TestDescription(CustomTestCase):
             {"quant_method": "fp8", "activation_scheme": "dynamic"},
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-            hf_quant_config(quant_algo="FP8"),
-            hf_quant_config(
+            modelopt(
                 quant_algo="MIXED_PRECISION",
                 quantized_layers={"a": {"quant_algo": "W4A8_AWQ"}},
             ),
@@ -161,6 +165,11 @@ class TestDescription(CustomTestCase):
         ):
             with self.subTest(config=config):
                 self.assertIsNone(describe_mxfp8(config))
+        for changes in (
+            {"quant_algo": "FP8"},
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {}}},
+        ):
+            self.assertIsNone(flat_modelopt_mxfp8(hf_quant_config(**changes)))
 
     def test_what_is_not_served_is_refused_by_name(self):
         groups = compressed_tensors()["config_groups"]
@@ -171,7 +180,7 @@ class TestDescription(CustomTestCase):
                 r"AutoRound's MXFP8 .* is not served. MXFP8 is served from .*ModelOpt",
             ),
             (
-                hf_quant_config(
+                modelopt(
                     quant_algo="MIXED_PRECISION",
                     quantized_layers={
                         "model.layers.0.mlp.experts": {"quant_algo": "NVFP4"},
@@ -180,7 +189,24 @@ class TestDescription(CustomTestCase):
                 ),
                 "ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not served",
             ),
-            (hf_quant_config(group_size=16), "group_size 16"),
+            (modelopt(group_size=16), "group_size 16"),
+            (
+                compressed_tensors(transform_config={"config_groups": {"u": {}}}),
+                "with a transform_config is not served",
+            ),
+            (
+                compressed_tensors(sparsity_config={"format": "sparse-24-bitmask"}),
+                "with a sparsity_config is not served",
+            ),
+            (
+                compressed_tensors(
+                    config_groups={
+                        "g": {**groups["group_0"], "output_activations": MXFP8_SCHEME}
+                    }
+                ),
+                r"with output_activations \(g\)",
+            ),
+            (compressed_tensors("LlamaAttention"), "'LlamaAttention' names a class"),
             (
                 compressed_tensors(config_groups={**groups, "group_1": fp8_group}),
                 r"compressed-tensors with MXFP8 and other formats \(group_1\)",
@@ -203,7 +229,7 @@ class TestDescription(CustomTestCase):
         with self.assertRaisesRegex(ValueError, "W8A16.*--quantization mxfp8"):
             describe_mxfp8(config)
         described = describe_mxfp8(config, as_w8a8=True)
-        self.assertEqual(described["checkpoint_format"], "compressed-tensors")
+        self.assertEqual(described["mxfp8_format"], "compressed-tensors")
 
 
 class TestLayerNames(CustomTestCase):
@@ -255,36 +281,94 @@ class TestLayerNames(CustomTestCase):
             ["model.layers.0.mlp.gate_up_proj", "model.layers.0.self_attn.o_proj"],
         )
 
+    def test_targets_that_name_the_parts_of_a_fused_layer(self):
+        described = describe_mxfp8(
+            compressed_tensors(
+                r"re:.*self_attn\.(q|k|v|o)_proj$",
+                "model.layers.0.mlp.gate_proj",
+                "model.layers.0.mlp.up_proj",
+            )
+        )
+        self.assert_kept(
+            described["ignored_layers"],
+            ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_up_proj"],
+            ["model.layers.1.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"],
+        )
+
+    def test_targets_that_name_a_layer_that_is_fused_on_disk(self):
+        described = describe_mxfp8(compressed_tensors(r"re:.*qkv_proj$"))
+        self.assert_kept(
+            described["ignored_layers"],
+            ["layers.0.mlp.gate_up_proj"],
+            ["layers.0.self_attn.qkv_proj"],
+        )
+
+    def test_a_fused_layer_by_its_own_name(self):
+        for kind in ("", "glob:", "re:"):
+            ignored = [f"{kind}model.layers.0.self_attn.qkv_proj"]
+            self.assert_kept(
+                ignored,
+                ["model.layers.0.self_attn.qkv_proj"],
+                ["model.layers.1.self_attn.qkv_proj"],
+            )
+
     def test_parts_of_a_fused_layer(self):
         attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-        for fused, parts in {
-            f"{attention}.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-            f"{mlp}.gate_up_proj": ("gate_proj", "up_proj"),
-            f"{attention}.fused_qkv_a_proj_with_mqa": (
-                "q_a_proj",
-                "kv_a_proj_with_mqa",
+        for fused, parts in (
+            (f"{attention}.qkv_proj", "q_proj k_proj v_proj"),
+            (f"{mlp}.gate_up_proj", "gate_proj up_proj"),
+            (
+                f"{attention}.fused_qkv_a_proj_with_mqa",
+                "q_a_proj kv_a_proj_with_mqa",
             ),
-            f"{mlp}.experts": [
-                f"experts.0.{part}_proj" for part in ("gate", "up", "down")
-            ],
-        }.items():
+            (
+                f"{mlp}.experts",
+                "experts.0.gate_proj experts.0.up_proj experts.0.down_proj",
+            ),
+            (f"{mlp}.experts", "experts.0.w1 experts.0.w2 experts.0.w3"),
+        ):
             parent = fused.rpartition(".")[0]
-            names = [f"{parent}.{part}" for part in parts]
+            names = [f"{parent}.{part}" for part in parts.split()]
             for kind in ("", "glob:", "re:"):
                 ignored = [f"{kind}{name}" for name in names]
                 with self.subTest(fused=fused, kind=kind):
                     self.assert_kept(ignored, [fused], [fused.replace(".0.", ".2.")])
-                    with self.assertRaisesRegex(
-                        ValueError, f"{fused} is one layer.*{names[-1]} not: "
-                    ):
-                        is_mxfp8_layer(fused, ignored[-1:])
+                    for part in (ignored[-1], f"re:.*{re.escape(names[-1][-6:])}$"):
+                        with self.assertRaisesRegex(
+                            ValueError, f"{fused} is one layer.*{names[-1]} not: "
+                        ):
+                            is_mxfp8_layer(fused, [part])
 
-    def test_a_models_names(self):
-        mapper = WeightsMapper(orig_to_new_prefix={"model.visual.": "visual."})
-        ignored = renamed_layers(
-            ["model.visual.blocks", "glob:model.visual.*", "re:.*x"], mapper.apply_list
+    def test_one_expert_of_many(self):
+        with self.assertRaisesRegex(ValueError, "mlp.experts is one layer.*experts.5"):
+            is_mxfp8_layer(
+                "model.layers.3.mlp.experts",
+                ["glob:model.layers.3.mlp.experts.5.gate_proj"],
+            )
+
+    def test_the_layers_of_vision_models(self):
+        named = "model.language_model.layers.1.mlp.down_proj"  # by Hugging Face
+        mapped = "language_model.model.layers.1.mlp.down_proj"  # by the models' maps
+        for model, prefix in (
+            (Qwen2_5_VLForConditionalGeneration, "model.layers"),
+            (Qwen3VLForConditionalGeneration, "model.language_model.layers"),
+        ):
+            for kind in ("", "glob:", "re:"):
+                ignored = renamed_layers(
+                    [f"{kind}{named}", "glob:model.visual*"],
+                    model.hf_to_sglang_mapper.apply_list,
+                )
+                with self.subTest(model=model.__name__, kind=kind):
+                    if kind != "re:":
+                        self.assertIn(f"{kind}{mapped}", ignored)
+                    self.assert_kept(
+                        ignored,
+                        [f"{prefix}.1.mlp.down_proj", "visual.blocks.0.mlp.down_proj"],
+                        [f"{prefix}.0.mlp.down_proj", f"{prefix}.1.mlp.gate_up_proj"],
+                    )
+        self.assert_kept(
+            ["glob:model.vision_tower*"], ["vision_tower.encoder.fc1"], ["model.fc1"]
         )
-        self.assertEqual(ignored, ["visual.blocks", "glob:visual.*", "re:.*x"])
 
     def test_a_layer_without_a_name_is_quantized(self):
         self.assertTrue(is_mxfp8_layer("", ["glob:lm_head", "re:.+"]))
@@ -309,6 +393,9 @@ def with_format(directory, tensors, quantization=None, files=()) -> str:
 
 FORMATS = {
     "modelopt in config.json": dict(quantization=modelopt()),
+    "modelopt without a method": dict(
+        quantization={k: v for k, v in modelopt().items() if k != "quant_method"}
+    ),
     "modelopt in hf_quant_config.json": dict(
         files={"hf_quant_config.json": hf_quant_config()}
     ),
@@ -448,7 +535,7 @@ class TestRefusals(FormatTestCase):
         good = self.tensors[0][f"{self.scale}_inv"]
         swizzled = swizzle_scale(good, shuffle=False)
         for message, scale in {
-            f"lacks {self.scale}_inv beside {self.weight}": None,
+            f"lacks the scale of {self.weight}": None,
             rf"{self.scale} .*is \[64, 16\], got \[2048\]: it looks swizzled": swizzled,
             rf"{self.scale} .*is \[64, 16\], got \[64, 8\]": good[:, :8].contiguous(),
             f"{self.scale} holds torch.uint8, got torch.float32": good.float(),
@@ -458,7 +545,7 @@ class TestRefusals(FormatTestCase):
 
     def test_a_scale_without_its_weight(self):
         self.assert_refused(
-            f"lacks {self.weight} beside {self.scale}_inv", {self.weight: None}
+            f"lacks {self.weight} beside {self.scale}", {self.weight: None}
         )
 
     def test_bf16_where_mxfp8_is_declared(self):
@@ -481,22 +568,34 @@ class TestRefusals(FormatTestCase):
         )
 
     def test_configs(self):
-        for message, config in {
-            "AutoRound": {
-                "quant_method": "auto-round",
-                "data_type": "mx_fp",
-                "bits": 8,
-            },
-            "MIXED_PRECISION of FP8, MXFP8": modelopt(
-                quant_algo="MIXED_PRECISION",
-                quantized_layers={
-                    "a": {"quant_algo": "FP8"},
-                    "b": {"quant_algo": "MXFP8"},
-                },
+        mixed = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "MXFP8"}}
+        changes = dict(quant_algo="MIXED_PRECISION", quantized_layers=mixed)
+        for message, form in {
+            "AutoRound": dict(
+                quantization={
+                    "quant_method": "auto-round",
+                    "data_type": "mx_fp",
+                    "bits": 8,
+                }
+            ),
+            "MIXED_PRECISION of FP8, MXFP8 is": dict(quantization=modelopt(**changes)),
+            "MIXED_PRECISION of FP8, MXFP8": dict(
+                files={"hf_quant_config.json": hf_quant_config(**changes)}
             ),
         }.items():
-            with self.subTest(message):
-                self.assert_refused(message, {}, config)
+            path = with_format(tempfile.mkdtemp(dir=self.directory), {}, **form)
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                ModelConfig(path)
+
+    def test_what_the_model_does_not_take_is_no_reason(self):
+        extra = self.tensors[0][self.weight]
+        tensors = {**self.tensors[0], "model.mtp.fc.weight": extra.clone()}
+        path = with_format(self.path("extra"), tensors, modelopt())
+        index = {"weight_map": {"model.rotary.inv_freq": "model.safetensors"}}
+        names = {name.replace("_inv", ""): "model.safetensors" for name in tensors}
+        index["weight_map"].update(names)
+        Path(path, "model.safetensors.index.json").write_text(json.dumps(index))
+        self.assert_holds(load_on_cpu(path), self.tensors[0])
 
     def test_experts_where_they_cannot_run(self):
         config = Fp8Config(is_checkpoint_fp8_serialized=True, use_mxfp8=True)
@@ -523,14 +622,16 @@ class TestFlags(FormatTestCase):
 
     def test_a_flag_may_name_the_format(self):
         for flag in (None, "modelopt", "modelopt_fp8", "mxfp8"):
-            for name in ("modelopt in config.json", "modelopt in hf_quant_config.json"):
+            for name in FORMATS:
+                if name == "compressed-tensors":
+                    continue
                 self.assertEqual(self.quantization(FORMATS[name], flag), "mxfp8")
         for flag in (None, "compressed-tensors", "mxfp8"):
             form = FORMATS["compressed-tensors"]
             self.assertEqual(self.quantization(form, flag), "mxfp8")
 
     def test_another_flag_is_refused(self):
-        for flag in ("fp8", "awq", "compressed-tensors"):
+        for flag in ("fp8", "awq", "compressed-tensors", "modelopt_fp4"):
             with self.assertRaisesRegex(ValueError, "does not match"):
                 self.quantization(FORMATS["modelopt in config.json"], flag)
 
@@ -540,6 +641,20 @@ class TestFlags(FormatTestCase):
         with self.assertRaisesRegex(ValueError, "W8A16"):
             self.quantization(form, None)
         self.assertEqual(self.quantization(form, "mxfp8"), "mxfp8")
+
+    def test_other_formats_with_a_checkpoint_format_stay_as_they_were(self):
+        config = {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "desc_act": False,
+            "sym": True,
+        }
+        for flag in (None, "gptq"):
+            self.assertNotEqual(
+                self.quantization({"quantization": config}, flag), "mxfp8"
+            )
 
     def test_other_modelopt_checkpoints_stay_as_they_were(self):
         form = dict(files={"hf_quant_config.json": hf_quant_config(quant_algo="FP8")})

@@ -252,7 +252,7 @@ class TestDiskUpdateFormats(LoadPathTestCase):
         del lacking[f"{name}_scale_inv"]
         torch.save(lacking, file)
         self.assertRegex(
-            refusal(), "lacks model.layers.1.mlp.down_proj.weight_scale_inv"
+            refusal(), "lacks the scale of model.layers.1.mlp.down_proj.weight"
         )
         os.truncate(file, os.path.getsize(file) // 2)
         self.assertRegex(refusal(), "cannot be read.*Nothing was written")

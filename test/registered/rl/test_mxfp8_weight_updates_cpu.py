@@ -316,7 +316,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         scale = "model.layers.0.mlp.gate_proj.weight_scale_inv"
         good = self.tensors["b"]
         cases = {
-            "lacks .*gate_proj.weight_scale_inv beside .*gate_proj.weight": {
+            "lacks the scale of .*gate_proj.weight": {
                 n: t for n, t in good.items() if n != scale
             },
             "got torch.bfloat16": {**good, weight: good[weight].bfloat16()},

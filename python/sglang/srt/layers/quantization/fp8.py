@@ -60,6 +60,7 @@ from sglang.srt.layers.quantization.fp8_utils import (
 from sglang.srt.layers.quantization.mxfp8_formats import (
     describe_mxfp8,
     is_mxfp8_layer,
+    names_the_format,
     renamed_layers,
 )
 from sglang.srt.layers.quantization.mxfp8_routing import (
@@ -119,10 +120,8 @@ class Fp8Config(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant) -> Optional[str]:
-        """The answer is "mxfp8" for an MXFP8 checkpoint, if the user's flag names its format."""
-        served_as = hf_quant_cfg.get("checkpoint_format")
-        flag = (user_quant or "").replace("_", "-")
-        return "mxfp8" if served_as and flag.startswith(served_as) else None
+        """The answer is "mxfp8" for an MXFP8 checkpoint, if the flag names its format."""
+        return "mxfp8" if names_the_format(user_quant, hf_quant_cfg) else None
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
         """Rename the layers that are not in MXFP8 as the model renames its weights."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.layers.quantization.mxfp8_formats import with_mxfp8_names
@@ -38,6 +39,7 @@ from sglang.srt.layers.quantization.mxfp8_weights import (
 )
 from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.model_loader.utils import post_load_weights
+from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import log_info_on_rank0
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,13 @@ def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None
     """Before the files of an MXFP8 model are read: raise ValueError, naming a tensor, if
     the model, which is built, would not take them. Reads their headers only."""
     layers = mxfp8_layers(model)
-    if not layers or not _reads_files(loader):
+    # A draft model takes a part of a file under other names; a checksum reads all of it.
+    if (
+        not layers
+        or not _reads_files(loader)
+        or loader.load_config.draft_model_idx is not None
+        or get_global_server_args().model_checksum is not None
+    ):
         return
     source = loader.Source.init_new(model_config, model)
     quant_config = layers[0].layer.quant_method.quant_config
@@ -141,9 +149,15 @@ def _reads_files(loader) -> bool:
 
 def _files_of(loader, source) -> Tuple[List[str], bool]:
     """A checkpoint's files, and whether they are safetensors."""
-    _, files, use_safetensors = loader._prepare_weights(
+    from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
+
+    folder, files, use_safetensors = loader._prepare_weights(
         source.model_or_path, source.revision, source.fall_back_to_pt
     )
+    if use_safetensors:
+        files = maybe_add_mtp_safetensors(
+            files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
+        )
     return files, use_safetensors
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sglang.srt.layers.quantization.mxfp8_formats import SCALE, with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8_formats import OTHER_SCALE, SCALE
 from sglang.srt.layers.quantization.mxfp8_weights import (
     WEIGHT,
     Mxfp8LinearWeights,
@@ -158,18 +158,19 @@ class UpdateCheck:
         name_filter: Optional[Callable[[str], bool]] = None,
     ) -> None:
         """Check a checkpoint by its files' headers. Raises UpdateRefused as `tensors` does,
-        and for a file that is damaged or missing, and a weight without its scale."""
+        and for a file that is damaged, a weight without its scale and, of an update, a
+        tensor that its index has and no file."""
         read = _read_safetensors if use_safetensors else _read_pickle
         found = [named for file in files for named in read(file)]
-        if use_safetensors:
+        if use_safetensors and self._layers is not None:
             _check_index(files, {name for name, _ in found})
         if name_filter is not None:
             found = [(name, tensor) for name, tensor in found if name_filter(name)]
-        _refuse_missing_scales(found)
-        self._load(found, whole=True)
+        taken = self._load(found, whole=True)
+        _refuse_missing_scales(found, taken)
 
-    def _load(self, named_tensors: NamedTensors, whole: bool) -> None:
-        """Load meta tensors into the meta model.
+    def _load(self, named_tensors: NamedTensors, whole: bool) -> Set[str]:
+        """Load meta tensors into the meta model; the names of those that it takes.
 
         A `whole` checkpoint of which the model takes nothing is refused; a bucket may
         be another pipeline stage's or a draft model's.
@@ -177,7 +178,7 @@ class UpdateCheck:
         if self._model is None and not self._cannot_check:
             self._make_model()
         if self._model is None:
-            return
+            return set()
         taken: Set[str] = set()
         probes = [(name, _Probe.of(t, {name}, taken)) for name, t in named_tensors]
         try:
@@ -185,8 +186,9 @@ class UpdateCheck:
         except Exception as error:
             if _is_unsupported_on_meta(error):
                 logger.warning("These weights cannot be checked first: %s", error)
-                return
-            raise UpdateRefused(str(error) or repr(error)) from error
+                return set()
+            own = isinstance(error, ValueError) and str(error)
+            raise UpdateRefused(own or repr(error)) from error
         untaken = [name for name, _ in probes if name not in taken]
         _refuse_lost_scales(untaken, taken)
         nothing = (
@@ -199,6 +201,7 @@ class UpdateCheck:
                 raise UpdateRefused(nothing)
         if untaken:
             logger.warning(nothing)
+        return taken
 
     def _refuse_halves(self, untaken: List[str]) -> None:
         """A checkpoint with one half of a fused layer loses it."""
@@ -272,7 +275,8 @@ def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> Non
     """Raise UpdateRefused where a copy would turn quantized bytes into numbers."""
     if source.itemsize == 1 and target.is_floating_point and target.itemsize > 1:
         raise UpdateRefused(
-            f"{name} is {source}, but its layer is not quantized here: it holds {target}"
+            f"{name} is {source}, but its layer is not quantized here (embeddings, heads "
+            f"and norms never are): it holds {target}"
         )
 
 
@@ -286,19 +290,29 @@ def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
             )
 
 
-def _refuse_missing_scales(found: List[Tuple[str, torch.Tensor]]) -> None:
-    """A checkpoint's e4m3 weight needs its scale, and a scale its weight."""
-    dtypes = {name: tensor.dtype for name, tensor in with_mxfp8_names(found)}
-    for name, dtype in dtypes.items():
+def _refuse_missing_scales(
+    found: List[Tuple[str, torch.Tensor]], taken: Set[str]
+) -> None:
+    """An e4m3 weight that the model takes needs its scale, and a scale its weight."""
+    names = {name for name, _ in found}
+    for name, tensor in found:
         layer, _, last = name.rpartition(".")
-        if last == WEIGHT and dtype == torch.float8_e4m3fn:
-            other = f"{layer}.{SCALE}"
-        elif last == SCALE:
-            other = f"{layer}.{WEIGHT}"
-        else:
+        weight, scales = f"{layer}.{WEIGHT}", {
+            f"{layer}.{SCALE}",
+            f"{layer}.{OTHER_SCALE}",
+        }
+        if name not in taken:
             continue
-        if other not in dtypes:
-            raise UpdateRefused(f"the checkpoint lacks {other} beside {name}")
+        if (
+            name == weight
+            and tensor.dtype == torch.float8_e4m3fn
+            and not scales & names
+        ):
+            raise UpdateRefused(
+                f"the checkpoint lacks the scale of {name}, {name}_scale_inv"
+            )
+        if name in scales and weight not in names:
+            raise UpdateRefused(f"the checkpoint lacks {weight} beside {name}")
 
 
 def _is_unsupported_on_meta(error: Exception) -> bool:
