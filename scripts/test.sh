@@ -16,24 +16,34 @@ fi
 # sglang's test class retries on its own: a test that fails once has failed.
 export SGLANG_TEST_MAX_RETRY=0
 
-pytest=("$VENV/bin/python" -m pytest --durations=8 --junitxml=.cache/junit.xml)
+reports=.cache/reports
+pytest=("$VENV/bin/python" -m pytest --durations=8)
 run_suite=("$VENV/bin/python" test/run_suite.py)
 
 run_everything() {
     local hardware=(cpu) summaries=() status=0 hw files registered
     ! cuda_device_visible || hardware+=(cuda)
-    rm -rf .cache/reports .cache/junit.xml
+    rm -rf "$reports"
+    mkdir -p "$reports"
+    # The tools' tests need one core and no server: they run beside the others.
+    "${pytest[@]}" --junitxml="$reports/tools.xml" test/tools test/patchset \
+        >"$reports/tools.log" 2>&1 &
+    tools=$!
+    trap 'kill "$tools" 2>/dev/null || true' EXIT
     for hw in "${hardware[@]}"; do
-        "${run_suite[@]}" --hw "$hw" --suite all --reports ".cache/reports/$hw" || status=1
-        summaries+=(".cache/reports/$hw/summary.json")
+        "${run_suite[@]}" --hw "$hw" --suite all --reports "$reports/$hw" || status=1
+        summaries+=("$reports/$hw/summary.json")
     done
     # What nobody registered is pytest's, so that no test file is left out.
     files=$("${run_suite[@]}" --registered-files)
     mapfile -t registered <<<"$files"
-    "${pytest[@]}" "${registered[@]/#/--ignore=}" || status=1
-    "${run_suite[@]}" --total "${summaries[@]}" .cache/junit.xml || status=1
+    "${pytest[@]}" --junitxml="$reports/rest.xml" "${registered[@]/#/--ignore=}" \
+        --ignore=test/tools --ignore=test/patchset || status=1
+    wait "$tools" || status=1
+    cat "$reports/tools.log"
+    "${run_suite[@]}" --total "${summaries[@]}" "$reports"/{rest,tools}.xml || status=1
     exit "$status"
 }
 
-(($# == 0)) || exec "${pytest[@]}" "$@" </dev/null
+(($# == 0)) || exec "${pytest[@]}" --junitxml=.cache/junit.xml "$@" </dev/null
 run_everything </dev/null
