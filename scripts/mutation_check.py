@@ -30,6 +30,7 @@ TESTS = "test/registered"
 EMULATION = f"{TESTS}/quant/test_mxfp8_emulation.py"
 LAYOUT = f"{TESTS}/quant/test_mxfp8_layout.py"
 LINEAR = f"{TESTS}/quant/test_mxfp8_linear.py"
+FORMATS = f"{TESTS}/quant/test_mxfp8_formats.py"
 LOADERS = f"{TESTS}/quant/test_mxfp8_loader_branches.py"
 LOAD_PATHS = f"{TESTS}/rl/test_mxfp8_load_paths.py"
 MLA = f"{TESTS}/quant/test_mxfp8_mla.py::TestReaders"
@@ -84,6 +85,7 @@ LAYOUT_PY, WEIGHTS_PY = _in("mxfp8_layout"), _in("mxfp8_weights")
 EMULATION_PY, ROUTING_PY = _in("mxfp8_emulation"), _in("mxfp8_routing")
 UTILS_PY, MODEL_PY = _in("fp8_utils"), _in("mxfp8_model")
 CHECK_PY, KERNEL_PY = _in("mxfp8_update_check"), _in("mxfp8_shuffle_kernel")
+FORMATS_PY = _in("mxfp8_formats")
 
 MUTATIONS = (
     Mutation(
@@ -378,9 +380,33 @@ MUTATIONS = (
         "files-not-checked",
         "an update from disk is written unchecked",
         MODEL_PY,
-        "model.mxfp8_update_check.files(files, use_safetensors, name_filter)",
+        "model.mxfp8_update_check.files(*_files_of(loader, source), name_filter)",
         "pass",
         (LOAD_PATHS, "-k", "not RemoteInstance and not CheckpointEngine"),
+    ),
+    Mutation(
+        "start-not-checked",
+        "a checkpoint that does not fit is read, and its bytes taken as they come",
+        MODEL_PY,
+        "or not _reads_files(loader)",
+        "or True",
+        (FORMATS,),
+    ),
+    Mutation(
+        "scale-names",
+        "a scale that is called weight_scale is passed over",
+        FORMATS_PY,
+        'yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor',
+        "yield name, tensor",
+        (FORMATS,),
+    ),
+    Mutation(
+        "fused-name-first",
+        "a list with a part of a fused layer is taken for all of it",
+        FORMATS_PY,
+        "_refuse_split(name, parts, [part for part in parts if has(part)])",
+        "pass",
+        (FORMATS,),
     ),
     Mutation(
         "ranks-do-not-agree",

@@ -25,8 +25,8 @@ run_everything() {
     ! cuda_device_visible || hardware+=(cuda)
     rm -rf "$reports"
     mkdir -p "$reports"
-    # The tools' tests need one core and no server: they run beside the others.
-    "${pytest[@]}" --junitxml="$reports/tools.xml" test/tools test/patchset \
+    # The tools' tests need one core and no server: they take what the others leave.
+    nice "${pytest[@]}" --junitxml="$reports/tools.xml" test/tools test/patchset \
         >"$reports/tools.log" 2>&1 &
     tools=$!
     trap 'kill "$tools" 2>/dev/null || true' EXIT

@@ -21,7 +21,10 @@ from small_upstream import ROOT, commit, git, snapshot, write
 CONFIG = release.load_config(ROOT)
 GEMM_TEST = "test/registered/quant/test_fp8_blockwise_gemm.py"
 UPSTREAM_TREE = {  # of the shape of upstream's files, which the wheel lacks
-    GEMM_TEST: "import unittest\n\n\nclass TestBlockFP8(unittest.TestCase):\n"
+    GEMM_TEST: "import unittest\n\n"
+    "from sglang.test.ci.ci_register import register_cuda_ci\n\n"
+    'register_cuda_ci(est_time=100, suite="of-upstream")\n\n\n'
+    "class TestBlockFP8(unittest.TestCase):\n"
     "    def test_it(self):\n        pass\n\n\n"
     'if __name__ == "__main__":\n    unittest.main()\n',
     "python/pyproject.toml": '[project]\nname = "sglang"\ndependencies = [\n'
@@ -125,6 +128,8 @@ def test_checkout_with_upstreams_own_test_and_pages(checkout, tmp_path):
     ]
     for name, version in CONFIG.requires.items():
         assert f'"{name}=={version}"' in read("python/pyproject.toml")
+    assert read(GEMM_TEST).count("register_cuda_ci(") == 1
+    assert 'suite="of-upstream"' in read(GEMM_TEST)
     rows = read("docs/advanced_features/server_arguments.md").splitlines()
     assert ["`flashinfer_cutlass`" in row for row in rows[2:]] == [False, True]
     fp8, fp4 = read("docs/advanced_features/quantization.md").split("### `--fp4")
