@@ -1,6 +1,8 @@
 """Small projects to merge: an overlay, its upstream.toml, and a wheel of "upstream"."""
 
+import hashlib
 import subprocess
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +65,22 @@ CHECKOUT = {
     "docs/options.md": "| option | choices |\n| --- | --- |\n| `--gemm` | `a`, `c` |\n",
     "test/registered/test_core.py": "class TestA:\n    pass\n",
 }
+
+
+def make_project(
+    root: Path, overlay: dict[str, str], wheel: dict[str, str], toml: str
+) -> Path:
+    """A repository with an overlay, and upstream's wheel in its cache; `{sha256}` in
+    `toml` becomes the wheel's."""
+    write(root, overlay)
+    file = root / ".cache" / "sglang-1.0-py3-none-any.whl"
+    file.parent.mkdir()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in wheel.items():
+            archive.writestr(name, text)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    (root / "upstream.toml").write_text(toml.replace("{sha256}", sha256))
+    return root
 
 
 def write(root: Path, files: dict[str, str]) -> None:

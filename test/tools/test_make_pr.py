@@ -2,7 +2,6 @@
 
 import ast
 import fnmatch
-import hashlib
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pytest
 from overlay import release
 from overlay.cli import main as patchset
 from overlay.plan import overlay_files
+from patchset.small_upstream import make_project, write
 from pull_request import lint
 from pull_request.body import flow
 from pull_request.lint import LintError, make_checks, read_checks, run_checks
@@ -105,12 +104,6 @@ CHECKOUT = {f"python/{name}": text for name, text in PACKAGE.items()} | {
 }
 
 
-def write(root: Path, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-
-
 def git(where: Path, *arguments: str) -> str:
     run = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *arguments]
     done = subprocess.run(run, cwd=where, capture_output=True, text=True, check=True)
@@ -132,17 +125,7 @@ def no_identity(monkeypatch):
 
 @pytest.fixture
 def project(tmp_path) -> Path:
-    """A repository with an overlay, and upstream's wheel in its cache."""
-    root = tmp_path / "project"
-    write(root, OVERLAY)
-    (root / ".cache").mkdir()
-    wheel = root / ".cache/sglang-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in WHEEL.items():
-            archive.writestr(name, text)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    (root / "upstream.toml").write_text(TOML.replace("{sha256}", digest))
-    return root
+    return make_project(tmp_path / "project", OVERLAY, WHEEL, TOML)
 
 
 @pytest.fixture

@@ -58,7 +58,6 @@ from sglang.srt.layers.quantization.fp8_utils import (
     get_fp8_gemm_runner_backend,
 )
 from sglang.srt.layers.quantization.mxfp8_formats import (
-    describe_mxfp8,
     is_mxfp8_layer,
     names_the_format,
     renamed_layers,
@@ -83,10 +82,6 @@ if TYPE_CHECKING:
 
 
 class Fp8Config(QuantizationConfig):
-    @prepend
-    def from_config(cls, config):
-        config = describe_mxfp8(config) or config
-
     @drop
     def from_config(cls):
         if use_mxfp8 and weight_block_size is not None:

@@ -95,7 +95,7 @@ def renamed_layers(
     for entry in ignored:
         kind, body = _split(entry)
         entries += [f"{kind}{new}" for new in rename([body])]
-    return list(dict.fromkeys(entries))
+    return _unique(entries)
 
 
 def flat_modelopt_mxfp8(config: Dict[str, Any]) -> Optional[Dict[str, Any]]:
@@ -163,14 +163,9 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
         for name in config.get(key) or ()
     ]
     return {
-        "mxfp8_format": "mxfp8",
-        **_kept(config),
+        "mxfp8_format": config.get("mxfp8_format", "mxfp8"),
         "ignored_layers": _unique(ignored),
     }
-
-
-def _kept(config: Dict[str, Any]) -> Dict[str, Any]:
-    return {"mxfp8_format": config["mxfp8_format"]} if "mxfp8_format" in config else {}
 
 
 def _unique(names: Iterable[str]) -> List[str]:

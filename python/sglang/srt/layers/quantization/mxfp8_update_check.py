@@ -296,21 +296,16 @@ def _refuse_missing_scales(
     """An e4m3 weight that the model takes needs its scale, and a scale its weight."""
     names = {name for name, _ in found}
     for name, tensor in found:
-        layer, _, last = name.rpartition(".")
-        weight, scales = f"{layer}.{WEIGHT}", {
-            f"{layer}.{SCALE}",
-            f"{layer}.{OTHER_SCALE}",
-        }
         if name not in taken:
             continue
-        if (
-            name == weight
-            and tensor.dtype == torch.float8_e4m3fn
-            and not scales & names
-        ):
+        layer, _, last = name.rpartition(".")
+        scales = {f"{layer}.{SCALE}", f"{layer}.{OTHER_SCALE}"}
+        is_mxfp8 = last == WEIGHT and tensor.dtype == torch.float8_e4m3fn
+        if is_mxfp8 and not scales & names:
             raise UpdateRefused(
                 f"the checkpoint lacks the scale of {name}, {name}_scale_inv"
             )
+        weight = f"{layer}.{WEIGHT}"
         if name in scales and weight not in names:
             raise UpdateRefused(f"the checkpoint lacks {weight} beside {name}")
 
