@@ -3,6 +3,10 @@ Envs.SGLANG_MXFP8_EMULATION
     why: run the FlashInfer MXFP8 backends where their kernels cannot, for tests
     until: never
 
+Envs.SGLANG_MXFP8_ACCEPT_UNCHECKED
+    why: a model that cannot be built on the meta device has no check of its weights
+    until: never
+
 Envs.SGLANG_MXFP8_LINEAR_BACKEND, Envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT, Envs.SGLANG_MXFP8_CONFIG_DIR
     why: no rule is right for every shape and GPU; a user can force a choice, or measure it
     until: upstream tunes backend and layout together
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 class Envs:
     # Emulate FlashInfer's MXFP8 GEMMs in torch on devices that lack them
     SGLANG_MXFP8_EMULATION = EnvBool(False)
+    # Load and update weights that were not checked as a whole before
+    SGLANG_MXFP8_ACCEPT_UNCHECKED = EnvBool(False)
     # Backends of single layers, e.g. "down_proj=flashinfer_cutlass,layers.0.*=bf16"
     SGLANG_MXFP8_LINEAR_BACKEND = EnvStr("")
     # Activation-scale layout of flashinfer_trtllm: auto, 8x4 or 128x4

@@ -156,11 +156,18 @@ def write_checkpoint(
     return directory
 
 
-def load_on_cpu(path: str, **load_config) -> torch.nn.Module:
+def load_on_cpu(
+    path: str, quantization: Optional[str] = None, **load_config
+) -> torch.nn.Module:
     """Load a model in this process as a CPU server's runner does; `load_config` is
     LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
     """
-    args = ServerArgs(model_path=path, device="cpu", skip_tokenizer_init=True)
+    args = ServerArgs(
+        model_path=path,
+        device="cpu",
+        skip_tokenizer_init=True,
+        quantization=quantization,
+    )
     set_global_server_args_for_scheduler(args)
     config = ModelConfig.from_server_args(args)
     initialize_dp_attention(args, config)

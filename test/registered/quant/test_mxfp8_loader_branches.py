@@ -20,7 +20,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
-from sglang.srt.layers.quantization.mxfp8_update_check import run_weight_update
+from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from sglang.srt.configs.load_config import LoadConfig
+from sglang.srt.environ import envs
 from sglang.srt.layers import deep_gemm_wrapper
 from sglang.srt.layers.linear import ColumnParallelLinear
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
@@ -242,7 +243,9 @@ class TestReaders(CustomTestCase):
                 loader = mock.Mock(load_config=LoadConfig())
                 loader.load_model.return_value = model
                 hf_config = SimpleNamespace(architectures=["Tiny"])
-                load_mxfp8_model(loader, SimpleNamespace(hf_config=hf_config), None)
+                # No model class, so no copy of it to check updates with.
+                with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
+                    load_mxfp8_model(loader, SimpleNamespace(hf_config=hf_config), None)
                 _, weight, scale = random_mxfp8(*attn.kv_b_proj.weight.shape, seed=1)
                 sent = {"weight": weight, "weight_scale_inv": scale}
 

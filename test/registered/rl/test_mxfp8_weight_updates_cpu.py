@@ -292,10 +292,12 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         )
         in_bf16 = {"model.norm.weight": good[weight][0].contiguous()}
         self.assert_refused(self.update_from_tensor(in_bf16), "is not quantized here")
-        # A trainer may send what another stage or a draft model takes.
-        self.assertTrue(
-            self.update_from_tensor({"model.no_such.weight": good[weight]})["success"]
-        )
+        unknown = {"model.no_such.weight": good[weight]}
+        self.assert_refused(self.update_from_tensor(unknown), "takes nothing of 1 ")
+        norm = {"model.norm.weight": good["model.norm.weight"]}
+        result = self.update_from_tensor({**norm, **unknown})
+        self.assertRegex(result["message"], "Not taken: model.no_such.weight")
+        self.assertTrue(result["success"])
         self.assert_serves("a")
         fused = fused_parameters(good)
         for message, change in {

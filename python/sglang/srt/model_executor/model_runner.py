@@ -29,15 +29,16 @@ from typing import TYPE_CHECKING
 
 from overlay.marks import decorate, prepend, splice
 
+from sglang.srt.layers.quantization.mxfp8_agreement import what_was_written
 from sglang.srt.layers.quantization.mxfp8_model import (
+    AgreedWeights,
     as_mxfp8_raw_loader,
     check_mxfp8_disk_update,
-    has_mxfp8_layers,
     in_mxfp8_checkpoint_form,
+    is_mxfp8_model,
     load_mxfp8_model,
     load_mxfp8_tensors_directly,
 )
-from sglang.srt.layers.quantization.mxfp8_update_check import what_was_written
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
@@ -65,6 +66,10 @@ class ModelRunner:
             return False, refusal
         served_path = self.model_config.model_path
 
+    @splice
+    def update_weights_from_disk(self, iter, model_load_weights):
+        model = model_load_weights(self.model, AgreedWeights(iter))
+
     @splice(within="except Exception as e")
     def update_weights_from_disk(self):
         iter = self._weights_served_from(served_path)
@@ -75,7 +80,7 @@ class ModelRunner:
         self.model_config.model_path = model_path
         loader = get_model_loader(self.load_config, self.model_config)
         source = DefaultModelLoader.Source.init_new(self.model_config, self.model)
-        return loader._get_weights_iterator(source)
+        return AgreedWeights(loader._get_weights_iterator(source))
 
     @splice
     def update_weights_from_distributed(self):
@@ -120,6 +125,6 @@ class ModelRunner:
 
 @prepend
 def _model_load_weights_direct(model, named_tensors):
-    if has_mxfp8_layers(model):
+    if is_mxfp8_model(model):
         load_mxfp8_tensors_directly(model, named_tensors)
         return

@@ -6,11 +6,16 @@ _initialize_model
 DefaultModelLoader._get_all_weights
     why: a checkpoint that does not fit is refused by the name of its tensor, before it is read
     until: upstream checks checkpoints
+
+DefaultModelLoader._get_weights_iterator
+    why: NaN in an MXFP8 tensor is refused by its name, as its file is read
+    until: upstream checks checkpoints
 """
 
 from overlay.marks import decorate, prepend
 
 from sglang.srt.layers.quantization.mxfp8_formats import takes_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8_numerics import reads_finite_weights
 
 
 @decorate
@@ -19,6 +24,10 @@ def _initialize_model(): ...
 
 
 class DefaultModelLoader:
+    @decorate
+    @reads_finite_weights
+    def _get_weights_iterator(self): ...
+
     @prepend
     def _get_all_weights(self, model_config, model):
         from sglang.srt.layers.quantization.mxfp8_model import check_mxfp8_checkpoint

@@ -7,8 +7,8 @@ form. Two things change the form model-wide: the end of every load and update, a
 
 import copy
 import functools
-import inspect
 import logging
+import os
 from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
@@ -16,20 +16,22 @@ import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.distributed import get_pp_group
+from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.mxfp8_agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8_formats import with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8_routing import (
     ANY_M,
     Mxfp8LinearChoice,
     mxfp8_kernels_missing,
 )
 from sglang.srt.layers.quantization.mxfp8_update_check import (
-    A_PROJ_HALVES,
-    FUSED_A_PROJ,
+    ACCEPT_UNCHECKED,
     UpdateCheck,
-    UpdateRefused,
-    agree_to_write,
-    other_half,
+    is_mxfp8_expert,
     refuse_as_values,
+    refuse_experts,
 )
 from sglang.srt.layers.quantization.mxfp8_weights import (
     Mxfp8LinearWeights,
@@ -37,12 +39,22 @@ from sglang.srt.layers.quantization.mxfp8_weights import (
     mxfp8_layers,
     name_mxfp8_layers,
 )
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.utils import copy_or_rebind_param
-from sglang.srt.model_loader.utils import post_load_weights
+from sglang.srt.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from sglang.srt.model_loader.utils import get_model_architecture, post_load_weights
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import log_info_on_rank0
 
 logger = logging.getLogger(__name__)
+
+# DeepSeek's loaders hold one half of a fused layer until the other comes, in the same
+# request; the second is fused below the first.
+_A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
+_FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
 
 
 def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
@@ -62,7 +74,7 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
             model_config=model_config, device_config=device_config
         )
     layers = name_mxfp8_layers(model)
-    if not layers:
+    if not is_mxfp8_model(model):
         return model
     _refuse_unsupported(loader, layers)
     _check_all_written(layers)
@@ -73,31 +85,62 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         weights.to_kernel_form()
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
-    quant_config = layers[0].layer.quant_method.quant_config
-    model.mxfp8_update_check = UpdateCheck(
-        _meta_model_builder(loader, model_config, quant_config), layers
-    )
-    model.load_weights = _managed(model, model.mxfp8_update_check, layers)
+    check = _update_check(loader, model_config, model)
+    if check is not None:
+        check.follow(model)
+    model.load_weights = _managed(model, check, layers)
     return model
+
+
+def is_mxfp8_model(model: torch.nn.Module) -> bool:
+    """Whether any of the model's linears or experts are in MXFP8."""
+    return _mxfp8_config(model) is not None
+
+
+def _mxfp8_config(model: torch.nn.Module):
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    configs = (getattr(method, "quant_config", None) for method in methods)
+    return next((c for c in configs if getattr(c, "use_mxfp8", False)), None)
 
 
 def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None:
     """Before the files of an MXFP8 model are read: raise ValueError, naming a tensor, if
     the model, which is built, would not take them. Reads their headers only."""
-    layers = mxfp8_layers(model)
-    # A draft model takes a part of a file under other names; a checksum reads all of it.
-    if (
-        not layers
-        or not _reads_files(loader)
-        or loader.load_config.draft_model_idx is not None
-        or get_global_server_args().model_checksum is not None
-    ):
+    if not is_mxfp8_model(model) or not _reads_files(loader):
         return
-    source = loader.Source.init_new(model_config, model)
-    quant_config = layers[0].layer.quant_method.quant_config
-    UpdateCheck(_meta_model_builder(loader, model_config, quant_config)).files(
-        *_files_of(loader, source)
-    )
+    check = _update_check(loader, model_config, model)
+    if check is not None:
+        source = loader.Source.init_new(model_config, model)
+        check.files(*_files_of(loader, source), rename=_renamed_by(loader, source))
+
+
+def _update_check(loader, model_config, model) -> Optional[UpdateCheck]:
+    """The check of a model that is built, made once; None where it is given up."""
+    if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
+        logger.warning(ACCEPT_UNCHECKED)
+        return None
+    if not hasattr(model, "mxfp8_update_check"):
+        not_needed = [RadixAttention]  # a KV cache's scales have a default
+        if model_config.is_draft_model:
+            not_needed.append(VocabParallelEmbedding)  # the target's
+        if not model_config.is_generation:
+            not_needed.append(ParallelLMHead)  # never run
+        model.mxfp8_update_check = UpdateCheck(
+            _meta_model_builder(loader, model_config, _mxfp8_config(model)),
+            is_part=model_config.is_draft_model or get_pp_group().world_size > 1,
+            not_needed=tuple(not_needed),
+        )
+    return model.mxfp8_update_check
+
+
+class AgreedWeights:
+    """A checkpoint's tensors, checked by its files' headers before they are read."""
+
+    def __init__(self, named_tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
+        self._named_tensors = named_tensors
+
+    def __iter__(self):
+        return iter(self._named_tensors)
 
 
 def check_mxfp8_disk_update(
@@ -113,10 +156,13 @@ def check_mxfp8_disk_update(
     """
     from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 
-    if not has_mxfp8_layers(model):
+    if not is_mxfp8_model(model):
         return None
     refusal = None
     try:
+        # A repository of a hub is called "owner/name".
+        if not os.path.isdir(model_path) and model_path.count("/") != 1:
+            raise UpdateRefused("there is no such folder")
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         if not _reads_files(loader):
             raise UpdateRefused(
@@ -124,7 +170,14 @@ def check_mxfp8_disk_update(
             )
         source = DefaultModelLoader.Source.init_new(model_config, model)
         source.model_or_path = model_path
-        model.mxfp8_update_check.files(*_files_of(loader, source), name_filter)
+        check = _update_check(loader, model_config, model)
+        if check is not None:
+            check.files(
+                *_files_of(loader, source),
+                model=model,
+                rename=_renamed_by(loader, source),
+                name_filter=name_filter,
+            )
     except Exception as error:
         refusal = error
     try:
@@ -151,9 +204,15 @@ def _files_of(loader, source) -> Tuple[List[str], bool]:
     """A checkpoint's files, and whether they are safetensors."""
     from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
 
-    folder, files, use_safetensors = loader._prepare_weights(
-        source.model_or_path, source.revision, source.fall_back_to_pt
-    )
+    # The load verifies checksums itself.
+    args = get_global_server_args()
+    checksum, args.model_checksum = args.model_checksum, None
+    try:
+        folder, files, use_safetensors = loader._prepare_weights(
+            source.model_or_path, source.revision, source.fall_back_to_pt
+        )
+    finally:
+        args.model_checksum = checksum
     if use_safetensors:
         files = maybe_add_mtp_safetensors(
             files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
@@ -161,8 +220,12 @@ def _files_of(loader, source) -> Tuple[List[str], bool]:
     return files, use_safetensors
 
 
-def has_mxfp8_layers(model: torch.nn.Module) -> bool:
-    return any(hasattr(module, "mxfp8_weights") for module in model.modules())
+def _renamed_by(loader, source) -> Callable:
+    """The tensors of a checkpoint's files as the loader gives them to the model."""
+    draft = loader.load_config.draft_model_idx
+    if draft is not None:
+        return lambda named: loader._filter_mtp_weights(named, source.prefix, draft)
+    return lambda named: ((f"{source.prefix}{name}", t) for name, t in named)
 
 
 @contextmanager
@@ -199,12 +262,13 @@ def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
 def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
     """A --custom-weight-loader that may write parameters past their loaders."""
 
-    @in_mxfp8_checkpoint_form
     def load(model: torch.nn.Module, named_tensors) -> None:
-        if has_mxfp8_layers(model):
-            agree_to_write(None)
-        custom_loader(model, named_tensors)
-        if has_mxfp8_layers(model):
+        if not is_mxfp8_model(model):
+            return custom_loader(model, named_tensors)
+        named_tensors = list(named_tensors)
+        agree_to_write(_refusal_of(_refuse_raw, model, named_tensors))
+        with mxfp8_checkpoint_form(model):
+            custom_loader(model, named_tensors)
             model.mxfp8_remake_derived()
 
     return load
@@ -219,17 +283,26 @@ def load_mxfp8_tensors_directly(
     parameter takes its own dtype or the same bytes. Raises UpdateRefused, before
     anything is written, for an unknown name, another shape, or other bytes.
     """
-    writes, refusal = [], None
-    try:
-        writes = list(_direct_writes(model, named_tensors))
-    except ValueError as error:
-        refusal = error
-    agree_to_write(refusal)
+    named_tensors, writes = list(with_mxfp8_names(named_tensors)), []
+
+    def check() -> None:
+        _refuse_raw(model, named_tensors)
+        writes.extend(_direct_writes(model, named_tensors))
+
+    agree_to_write(_refusal_of(check))
     with mxfp8_checkpoint_form(model):
         for name, tensor in writes:
             module, _, short = name.rpartition(".")
             copy_or_rebind_param(model.get_submodule(module), short, tensor)
         model.mxfp8_remake_derived()
+
+
+def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
+    """Raise ValueError for what may not be written past the parameters' loaders."""
+    for path, module in model.named_modules():
+        if any(is_mxfp8_expert(module, p) for p in module.parameters(recurse=False)):
+            refuse_experts(n for n, _ in named_tensors if n.startswith(f"{path}."))
+    refuse_non_finite(named_tensors)
 
 
 def _direct_writes(
@@ -238,7 +311,7 @@ def _direct_writes(
     parameters = dict(model.named_parameters())
     owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
-    for name, tensor in with_mxfp8_names(named_tensors):
+    for name, tensor in named_tensors:
         if name not in parameters:
             raise ValueError(f"the model has no parameter {name}")
         param = parameters[name]
@@ -267,7 +340,9 @@ def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
 
 
 def _managed(
-    model: torch.nn.Module, check: UpdateCheck, layers: List[Mxfp8LinearWeights]
+    model: torch.nn.Module,
+    check: Optional[UpdateCheck],
+    layers: List[Mxfp8LinearWeights],
 ) -> Callable:
     load_weights = model.load_weights
 
@@ -275,10 +350,11 @@ def _managed(
     def load_checked_weights(weights, *args, **kwargs):
         _wait_for_kernels(layers)
         try:
-            if not inspect.isgenerator(weights):
+            if not isinstance(weights, AgreedWeights):
                 weights = list(with_mxfp8_names(weights))
                 weights += _other_halves(model, dict(weights))
-                agree_to_write(_refusal_of(check.tensors, weights))
+                refusal = check and _refusal_of(check.tensors, model, weights)
+                agree_to_write(refusal)
             return load_weights(weights, *args, **kwargs)
         finally:
             _all_to_kernel_form(layers)
@@ -302,26 +378,34 @@ def _other_halves(
     lone = {
         name: other
         for name in sent
-        if (other := other_half(name)) is not None and other not in sent
+        if (other := _other_half(name)) is not None and other not in sent
     }
     if not lone:
         return []
-    fused = {n: m for n, m in model.named_modules() if n.endswith(FUSED_A_PROJ)}
+    fused = {n: m for n, m in model.named_modules() if n.endswith(_FUSED_A_PROJ)}
     found = []
     for name, other in lone.items():
         layer, _, parameter = name.rpartition(".")
         # From the layer's number on, a checkpoint and the model agree.
         tail = layer[max(layer.rfind("layers."), 0) :].rpartition(".")[0]
         owners = [
-            m for n, m in fused.items() if f".{n}".endswith(f".{tail}.{FUSED_A_PROJ}")
+            m for n, m in fused.items() if f".{n}".endswith(f".{tail}.{_FUSED_A_PROJ}")
         ]
         if len(owners) == 1 and hasattr(owners[0], parameter):
             if hasattr(owners[0], "mxfp8_weights"):
                 owners[0].mxfp8_weights.to_checkpoint_form()
             whole, rows = getattr(owners[0], parameter).data, sent[name].shape[0]
-            first = f".{A_PROJ_HALVES[0]}." in name
+            first = f".{_A_PROJ_HALVES[0]}." in name
             found.append((other, (whole[rows:] if first else whole[:-rows]).clone()))
     return found
+
+
+def _other_half(name: str) -> Optional[str]:
+    """The name of the tensor that DeepSeek's loaders fuse with the tensor `name`."""
+    for half, other in (_A_PROJ_HALVES, _A_PROJ_HALVES[::-1]):
+        if f".{half}." in name:
+            return name.replace(f".{half}.", f".{other}.")
+    return None
 
 
 def _wait_for_kernels(layers: List[Mxfp8LinearWeights]) -> None:
@@ -353,6 +437,7 @@ def _meta_model_builder(
     )
     from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
 
+    get_model_architecture(model_config)  # imports models, which needs a real device
     # Updates move model_config.model_path, and its files may go; the model stays.
     config, load_config = copy.copy(model_config), loader.load_config
 
@@ -376,7 +461,9 @@ def _refuse_unsupported(loader, layers: List[Mxfp8LinearWeights]) -> None:
     """Raise RuntimeError for loads and offloads that cannot keep a layer's kernel form."""
     from sglang.srt.utils.offloader import NoopOffloader, get_offloader
 
-    first = f"{layers[0].name} ({layers[0].backend.value})"
+    first = "The model"
+    if layers:
+        first = f"{layers[0].name} ({layers[0].backend.value})"
     if loader.load_config.load_format == LoadFormat.FLASH_RL:
         raise RuntimeError(
             f"{first}: --load-format flash_rl keeps FP8 copies of its own. Use "
@@ -412,6 +499,8 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
 
 
 def _log_backends(layers: List[Mxfp8LinearWeights]) -> None:
+    if not layers:
+        return
     emulated = [
         weights.backend
         for weights in layers

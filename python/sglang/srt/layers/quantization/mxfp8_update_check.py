@@ -1,31 +1,49 @@
-"""Checks a whole weight update before its first byte is written, on any rank.
+"""Checks a whole checkpoint or update before its first byte is written.
 
 A copy of the model on the meta device, which has loaders and shapes but no memory, loads
-the update first. What its loaders refuse, the update is refused for; what one rank
-refuses, every rank does.
+it first. What its loaders refuse is refused; a checkpoint has to fill every parameter.
 """
 
+import hashlib
 import json
-import logging
 import os
 import zipfile
-from contextvars import ContextVar
-from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
+from collections import defaultdict
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+)
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from sglang.srt.layers.quantization.mxfp8_formats import OTHER_SCALE, SCALE
-from sglang.srt.layers.quantization.mxfp8_weights import (
-    WEIGHT,
-    Mxfp8LinearWeights,
-    name_mxfp8_layers,
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.quantization.mxfp8_agreement import (
+    UpdateRefused,
+    note_taken,
+    shorten,
 )
-
-logger = logging.getLogger(__name__)
+from sglang.srt.layers.quantization.mxfp8_formats import OTHER_SCALE, SCALE
+from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8_weights import WEIGHT, name_mxfp8_layers
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
+
+
+class _Header(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: Tuple[int, ...]
+
 
 _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
@@ -43,241 +61,312 @@ _SAFETENSORS_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 
-# DeepSeek's loaders hold one half of a fused layer until the other comes, in the same
-# request; the second is fused below the first.
-A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
-FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
-
-
-class UpdateRefused(ValueError):
-    """An update that the model would not take; nothing of it was written."""
-
-
-class _RankUpdate:
-    """This rank's part in an update that every rank of `group` writes, or none."""
-
-    def __init__(self, group) -> None:
-        self.group = group
-        self.has_agreed = False
-        self.may_write = False
-
-    def agree(self, refusal: Optional[str]) -> Optional[str]:
-        """The first refusal of any rank, before any of them writes. Collective."""
-        self.has_agreed = True
-        refusal = next(filter(None, _gather(self.group, refusal)), None)
-        self.may_write = refusal is None
-        return refusal
-
-
-_rank_update: ContextVar[Optional[_RankUpdate]] = ContextVar(
-    "_rank_update", default=None
+ACCEPT_UNCHECKED = (
+    "SGLANG_MXFP8_ACCEPT_UNCHECKED=1 loads weights without this check, at your risk"
 )
-
-
-def run_weight_update(group, update: Callable, *args) -> Tuple[bool, str]:
-    """(success, message) of `update(*args)` on every rank of `group`.
-
-    A failure on one rank, also an exception, is the result of all. Where `update` calls
-    `agree_to_write`, none writes unless all may.
-    """
-    rank_update = _RankUpdate(group)
-    token = _rank_update.set(rank_update)
-    try:
-        result = update(*args)
-    except Exception as error:
-        logger.exception("A weight update failed")
-        message = f"Failed to update weights: {error}. {what_was_written(error)}"
-        result = False, message
-    finally:
-        _rank_update.reset(token)
-    if not rank_update.has_agreed:
-        rank_update.agree(None if result[0] else result[1])
-    return next((r for r in _gather(group, result) if not r[0]), result)
-
-
-def agree_to_write(refusal: Optional[Exception]) -> None:
-    """Before the first write of an update: raise UpdateRefused if any rank refuses it.
-
-    Later calls in the same update, and calls outside `run_weight_update`, stand for
-    this rank alone.
-    """
-    rank_update = _rank_update.get()
-    reason = None if refusal is None else str(refusal) or repr(refusal)
-    if rank_update is not None and not rank_update.has_agreed:
-        reason = rank_update.agree(reason)
-    if reason is not None:
-        raise UpdateRefused(reason) from refusal
-
-
-def what_was_written(error: Exception) -> str:
-    """What a failed update left behind, for its message."""
-    rank_update = _rank_update.get()
-    may_write = rank_update is not None and rank_update.may_write
-    if isinstance(error, UpdateRefused) and not may_write:
-        return "Nothing was written."
-    return "The weights may be partially updated: update all of them again."
-
-
-def _gather(group, value: Any) -> list:
-    values = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
-    return values
 
 
 class UpdateCheck:
     """Tells whether a model would take weights, without touching the model.
 
     Args:
-        build: makes the same model on the meta device; called at the first check.
-        layers: the model's MXFP8 layers, if they are loaded: what they loaded has the
-            shapes that they take.
+        build: makes the same model on the meta device; called once, here.
+        is_part: the model is a draft or a pipeline stage, and may take none of an update.
+        not_needed: types of modules whose parameters no checkpoint has to fill.
+
+    Raises RuntimeError if the model cannot be built there.
     """
 
     def __init__(
         self,
         build: Callable[[], torch.nn.Module],
-        layers: Optional[List[Mxfp8LinearWeights]] = None,
+        is_part: bool = False,
+        not_needed: Tuple[type, ...] = (),
     ) -> None:
-        self._build = build
-        self._layers = layers and {weights.name: weights for weights in layers}
-        self._model: Optional[torch.nn.Module] = None
-        self._cannot_check = False
+        self._is_part = is_part
+        self._not_needed = not_needed
+        self._passed: Dict[bytes, Tuple[Set[str], List[str]]] = {}
+        self._expected: Set[str] = set()
+        try:
+            self._model = build()
+        except Exception as error:
+            raise RuntimeError(
+                "MXFP8 weights cannot be checked before they are loaded, since the model "
+                f"cannot be built on the meta device: {error!r}. {ACCEPT_UNCHECKED}"
+            ) from error
+        self._layers = name_mxfp8_layers(self._model)
+        self._quantizes = any(weights.quantize_on_load for weights in self._layers)
+        self._parameters = {
+            param.untyped_storage()._cdata: _Parameter(path, name, module, param)
+            for path, module in self._model.named_modules()
+            for name, param in module.named_parameters(recurse=False)
+        }
+        # It computes with the weights, which the meta device has not.
+        if hasattr(self._model, "post_load_weights"):
+            self._model.post_load_weights = lambda *args, **kwargs: None
 
-    def tensors(self, named_tensors: NamedTensors) -> None:
-        """Check tensors in memory. Raises UpdateRefused for what cannot be loaded.
+    def follow(self, model: torch.nn.Module) -> None:
+        """From now on, checks are of updates of `model`, which is loaded."""
+        own = {f"{w.name}.{name}" for w in self._layers for name in (WEIGHT, SCALE)}
+        self._expected = own | (_names(self._model) & _names(model))
+        for weights in self._layers:
+            weights.fixed_shapes = True
+
+    def tensors(self, model: torch.nn.Module, named_tensors: NamedTensors) -> None:
+        """Check tensors in memory. Raises UpdateRefused for what `model` cannot load.
 
         A weight may come without its scale: trainers send their buckets one by one.
         """
-        on_meta = ((name, tensor.to("meta")) for name, tensor in named_tensors)
-        self._load(on_meta, whole=False)
+        named_tensors = list(named_tensors)
+        self._refuse_another(model)
+        taken, untaken = self._load(named_tensors, whole=False)
+        if not note_taken(taken, () if self._is_part else untaken):
+            self._refuse_nothing(untaken)
+        refuse_non_finite(
+            (named for named in named_tensors if named[0] in taken), self._quantizes
+        )
 
     def files(
         self,
         files: List[str],
         use_safetensors: bool,
+        model: Optional[torch.nn.Module] = None,
+        rename: Callable[[NamedTensors], NamedTensors] = iter,
         name_filter: Optional[Callable[[str], bool]] = None,
     ) -> None:
         """Check a checkpoint by its files' headers. Raises UpdateRefused as `tensors` does,
-        and for a file that is damaged, a weight without its scale and, of an update, a
-        tensor that its index has and no file."""
-        read = _read_safetensors if use_safetensors else _read_pickle
-        found = [named for file in files for named in read(file)]
-        if use_safetensors and self._layers is not None:
-            _check_index(files, {name for name, _ in found})
-        if name_filter is not None:
-            found = [(name, tensor) for name, tensor in found if name_filter(name)]
-        taken = self._load(found, whole=True)
-        _refuse_missing_scales(found, taken)
+        for a damaged file, for a tensor that stands in two files or that the index has and
+        no file, and for a parameter that nothing fills.
 
-    def _load(self, named_tensors: NamedTensors, whole: bool) -> Set[str]:
-        """Load meta tensors into the meta model; the names of those that it takes.
-
-        A `whole` checkpoint of which the model takes nothing is refused; a bucket may
-        be another pipeline stage's or a draft model's.
+        Args:
+            model: what is updated; None at start.
+            rename: the tensors as a loader gives them to the model.
+            name_filter: the update is of these tensors only.
         """
-        if self._model is None and not self._cannot_check:
-            self._make_model()
-        if self._model is None:
-            return set()
-        taken: Set[str] = set()
-        probes = [(name, _Probe.of(t, {name}, taken)) for name, t in named_tensors]
+        if model is not None:
+            self._refuse_another(model)
+        read = _read_safetensors if use_safetensors else _read_pickle
+        named_tensors = _without_twins({file: read(file) for file in files})
+        if use_safetensors:
+            _check_index(files, {name for name, _ in named_tensors})
+        named_tensors = list(rename(named_tensors))
+        if name_filter is not None:
+            named_tensors = [named for named in named_tensors if name_filter(named[0])]
+        taken, untaken = self._load(named_tensors, whole=name_filter is None)
+        if not taken:
+            self._refuse_nothing(untaken)
+
+    def _load(
+        self, named_tensors: List[Tuple[str, Any]], whole: bool
+    ) -> Tuple[Set[str], List[str]]:
+        """Load tensors of these names, shapes and dtypes into the meta model: the names
+        of those that it takes, and of those that it does not."""
+        digest = _digest(named_tensors, whole)
+        if digest in self._passed:
+            return self._passed[digest]
+        for weights in self._layers:
+            weights.loaded.clear()
+        load = _MetaLoad(self._parameters)
         try:
-            self._model.load_weights(iter(probes))
+            self._model.load_weights(load.probes(named_tensors))
         except Exception as error:
-            if _is_unsupported_on_meta(error):
-                logger.warning("These weights cannot be checked first: %s", error)
-                return set()
             own = isinstance(error, ValueError) and str(error)
-            raise UpdateRefused(own or repr(error)) from error
-        untaken = [name for name, _ in probes if name not in taken]
+            way_out = f". {ACCEPT_UNCHECKED}" if _is_unsupported_on_meta(error) else ""
+            raise UpdateRefused(f"{own or repr(error)}{way_out}") from error
+        taken = load.taken
+        untaken = [name for name, _ in named_tensors if name not in taken]
         _refuse_lost_scales(untaken, taken)
-        nothing = (
-            f"the model takes nothing of {len(untaken)} tensors among these weights: "
-            f"{', '.join(untaken[:8])}"
-        )
-        if whole:
-            self._refuse_halves(untaken)
-            if not taken:
-                raise UpdateRefused(nothing)
-        if untaken:
-            logger.warning(nothing)
-        return taken
+        if whole and taken:
+            _refuse_missing_scales(named_tensors, taken)
+            self._refuse_unfilled(load)
+        if not whole:
+            load.refuse_experts()
+        self._passed[digest] = taken, untaken
+        return taken, untaken
 
-    def _refuse_halves(self, untaken: List[str]) -> None:
-        """A checkpoint with one half of a fused layer loses it."""
-        if not any(FUSED_A_PROJ in name for name, _ in self._model.named_modules()):
-            return
-        for name in untaken:
-            other = other_half(name)
-            if other is not None and other not in untaken:
-                raise UpdateRefused(f"the checkpoint has {name} without its {other}")
+    def _refuse_another(self, model: torch.nn.Module) -> None:
+        gone = sorted(self._expected - _names(model))
+        if gone:
+            raise UpdateRefused(
+                f"the model gave up or renamed {len(gone)} of its parameters after it was "
+                f"loaded (LoRA wraps layers): {shorten(gone)}. Restart the server on the "
+                "new weights"
+            )
 
-    def _make_model(self) -> None:
-        try:
-            model = self._build()
-        except Exception as error:
-            self._cannot_check = True
-            logger.warning("Weights cannot be checked first: %s", error)
-            return
-        for weights in name_mxfp8_layers(model):
-            weights.fixed_shapes = True
-            if self._layers is None:
-                continue
-            if weights.name not in self._layers:
-                raise UpdateRefused(
-                    f"{weights.name}: the model gave this layer up after loading; "
-                    "restart the server on the new weights"
-                )
-            loaded = self._layers[weights.name].shapes
-            weights.shapes = {name: dict(s) for name, s in loaded.items()}
-        # It computes with the weights, which the meta device has not.
-        if hasattr(model, "post_load_weights"):
-            model.post_load_weights = lambda *args, **kwargs: None
-        self._model = model
+    def _refuse_nothing(self, untaken: List[str]) -> None:
+        if not self._is_part:
+            raise UpdateRefused(
+                f"the model takes nothing of {len(untaken)} tensors: {shorten(untaken)}"
+            )
+
+    def _refuse_unfilled(self, load: "_MetaLoad") -> None:
+        unfilled = [
+            f"{weights.name}.{name}"
+            for weights in self._layers
+            for name in weights.unwritten()
+        ]
+        unfilled += [
+            f"{param.path}.{param.name}"
+            for storage, param in self._parameters.items()
+            if not isinstance(param.module, self._not_needed)
+            and not param.is_filled_by(load.regions[storage])
+        ]
+        if unfilled:
+            raise UpdateRefused(
+                f"the checkpoint does not fill the model ({len(unfilled)} parameters): "
+                f"{shorten(unfilled)}. Fetch it again, and check that its quantization "
+                "config lists the layers that it keeps in bf16"
+            )
+
+
+class _Parameter(NamedTuple):
+    """A parameter of the meta model, and the module that owns it."""
+
+    path: str
+    name: str
+    module: torch.nn.Module
+    param: torch.nn.Parameter
+
+    def is_filled_by(self, regions: Dict[Any, int]) -> bool:
+        """Whether writes to these regions (elements by place) leave nothing of it.
+
+        Loaders leave padding as it is: so every part of a fused layer counts as whole.
+        """
+        if self.param.numel() <= 1:
+            return True  # a number may be read from its tensor, and filled in
+        if hasattr(self.module, "mxfp8_weights") and self.name in (WEIGHT, SCALE):
+            return True  # Mxfp8LinearWeights knows better
+        parts = len(getattr(self.module, "output_sizes", ())) or 1
+        if isinstance(self.module, FusedMoE):
+            parts = self.param.shape[0] * (2 if self.name.startswith("w13") else 1)
+        return len(regions) >= parts or sum(regions.values()) >= self.param.numel()
+
+
+class _MetaLoad:
+    """One load of the meta model: which tensors were taken, and what they wrote.
+
+    Attributes:
+        taken: names of the tensors that a parameter took.
+        regions: elements written, by the parameter's storage and by place.
+    """
+
+    def __init__(self, parameters: Dict[int, _Parameter]) -> None:
+        self.taken: Set[str] = set()
+        self.regions: Dict[int, Dict[Any, int]] = defaultdict(dict)
+        self._parameters = parameters
+        self._writers: Dict[int, Set[str]] = {}
+
+    def probes(self, named_tensors: Iterable[Tuple[str, Any]]) -> NamedTensors:
+        for name, tensor in named_tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            yield name, _Probe.of(empty, {name}, self)
+
+    def write(self, probe: "_Probe", target: torch.Tensor, place: Any) -> None:
+        """A copy of `probe` into `target`, or into a `place` in it."""
+        if probe.source_dtype.itemsize != target.dtype.itemsize:
+            refuse_as_values(", ".join(probe.origins), probe.source_dtype, target.dtype)
+        storage = target.untyped_storage()._cdata
+        region = target.storage_offset(), place
+        numel = target.numel() if place is None else probe.numel()
+        self.taken |= probe.origins
+        self.regions[storage][region] = numel
+        self._writers[storage] = probe.origins
+
+    def refuse_experts(self) -> None:
+        for storage, names in self._writers.items():
+            owner = self._parameters.get(storage)
+            if owner and is_mxfp8_expert(owner.module, owner.param):
+                refuse_experts(names)
 
 
 class _Probe(torch.Tensor):
-    """A meta tensor that remembers whose it is, and notes when a parameter takes it."""
+    """A meta tensor that knows the tensors it is made of, and reports copies of it."""
+
+    # What else is asked of it costs a call of __torch_function__.
+    device = torch.device("meta")
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, names: Set[str], taken: Set[str]) -> "_Probe":
+    def of(cls, tensor: torch.Tensor, names: Set[str], load: _MetaLoad) -> "_Probe":
         probe = torch.Tensor._make_subclass(cls, tensor)
-        probe.origins, probe.taken = names, taken
+        probe.origins, probe.load, probe.source_dtype = names, load, tensor.dtype
         return probe
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        probes = [p for p in tree_leaves((args, kwargs)) if isinstance(p, cls)]
-        names = set().union(*(p.origins for p in probes))
-        if function is torch.Tensor.item:
-            probes[0].taken.update(names)
-            return 0.0
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
-            refuse_as_values(", ".join(names), args[-1].dtype, args[0].dtype)
-            probes[0].taken.update(names)
+        if function is _COPY or function is _SET_ITEM:
+            source = args[1] if function is _COPY else args[2]
+            place = None if function is _COPY else str(args[1])
+            if isinstance(source, cls):
+                source.load.write(source, args[0], place)
+        elif function is _ITEM:
+            args[0].load.taken |= args[0].origins
+            return 0.0
+        elif isinstance(result, torch.Tensor):
+            return cls._derived(result, args)
+        elif type(result) in (tuple, list):
+            return type(result)(cls._derived(part, args) for part in result)
+        return result
+
+    @classmethod
+    def _derived(cls, result: Any, args: tuple) -> Any:
+        if not isinstance(result, torch.Tensor):
             return result
-        return tree_map_only(
-            torch.Tensor, lambda t: cls.of(t, names, probes[0].taken), result
+        sources = [a for a in args if type(a) is cls]
+        sources = sources or [a for a in args[0] if type(a) is cls]  # of torch.cat
+        origins = sources[0].origins
+        if len(sources) > 1:
+            origins = origins.union(*(source.origins for source in sources))
+        return cls.of(result, origins, sources[0].load)
+
+
+_COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_ITEM = torch.Tensor.item
+
+
+def is_mxfp8_expert(module: torch.nn.Module, param: torch.Tensor) -> bool:
+    return isinstance(module, FusedMoE) and param.dtype.itemsize == 1
+
+
+def refuse_experts(names: Iterable[str]) -> None:
+    """Raise UpdateRefused if there are any. Upstream rearranges the scales of MXFP8
+    experts at load, and again only after a whole update from disk."""
+    names = sorted(names)
+    if names:
+        raise UpdateRefused(
+            f"only a whole update from disk can replace MXFP8 experts: {shorten(names)}"
         )
 
 
-def other_half(name: str) -> Optional[str]:
-    """The name of the tensor that DeepSeek's loaders fuse with the tensor `name`."""
-    for half, other in (A_PROJ_HALVES, A_PROJ_HALVES[::-1]):
-        if f".{half}." in name:
-            return name.replace(f".{half}.", f".{other}.")
-    return None
-
-
 def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> None:
-    """Raise UpdateRefused where a copy would turn quantized bytes into numbers."""
+    """Raise UpdateRefused where a copy would turn quantized bytes into numbers, or
+    numbers into bytes."""
     if source.itemsize == 1 and target.is_floating_point and target.itemsize > 1:
         raise UpdateRefused(
             f"{name} is {source}, but its layer is not quantized here (embeddings, heads "
             f"and norms never are): it holds {target}"
         )
+    if source.is_floating_point and source.itemsize > 1 and target.itemsize == 1:
+        raise UpdateRefused(
+            f"{name} is {source}, but its parameter holds {target}: send the bytes of an "
+            "MXFP8 checkpoint"
+        )
+
+
+def _is_unsupported_on_meta(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+
+
+def _names(model: torch.nn.Module) -> Set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _digest(named_tensors: List[Tuple[str, Any]], whole: bool) -> bytes:
+    digest = hashlib.blake2b(bytes([whole]))
+    for name, tensor in named_tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    return digest.digest()
 
 
 def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
@@ -291,43 +380,49 @@ def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
 
 
 def _refuse_missing_scales(
-    found: List[Tuple[str, torch.Tensor]], taken: Set[str]
+    named_tensors: List[Tuple[str, Any]], taken: Set[str]
 ) -> None:
-    """An e4m3 weight that the model takes needs its scale, and a scale its weight."""
-    names = {name for name, _ in found}
-    for name, tensor in found:
-        if name not in taken:
-            continue
-        layer, _, last = name.rpartition(".")
-        scales = {f"{layer}.{SCALE}", f"{layer}.{OTHER_SCALE}"}
-        is_mxfp8 = last == WEIGHT and tensor.dtype == torch.float8_e4m3fn
-        if is_mxfp8 and not scales & names:
-            raise UpdateRefused(
-                f"the checkpoint lacks the scale of {name}, {name}_scale_inv"
-            )
-        weight = f"{layer}.{WEIGHT}"
-        if name in scales and weight not in names:
-            raise UpdateRefused(f"the checkpoint lacks {weight} beside {name}")
+    """An e4m3 weight that the model takes needs its scale."""
+    names = {name for name, _ in named_tensors}
+    for name, tensor in named_tensors:
+        is_weight = tensor.dtype == torch.float8_e4m3fn and name.endswith(WEIGHT)
+        if is_weight and name in taken:
+            layer = name.removesuffix(WEIGHT)
+            if f"{layer}{SCALE}" not in names and f"{layer}{OTHER_SCALE}" not in names:
+                raise UpdateRefused(
+                    f"the checkpoint lacks the scale of {name}, {layer}{SCALE}"
+                )
 
 
-def _is_unsupported_on_meta(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
+def _without_twins(
+    files: Dict[str, Iterable[Tuple[str, Any]]],
+) -> List[Tuple[str, Any]]:
+    """The tensors of all files, each of which stands in one of them."""
+    found: Dict[str, Tuple[str, Any]] = {}
+    for file, named_tensors in files.items():
+        for name, tensor in named_tensors:
+            if name in found:
+                raise UpdateRefused(
+                    f"{name} stands in {found[name][0]} and in {file}: remove one of them"
+                )
+            found[name] = file, tensor
+    return [(name, tensor) for name, (_, tensor) in found.items()]
 
 
-def _read_safetensors(file: str) -> NamedTensors:
+def _read_safetensors(file: str) -> Iterator[Tuple[str, _Header]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 view = tensors.get_slice(name)
                 dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
-                yield name, torch.empty(view.get_shape(), dtype=dtype, device="meta")
+                yield name, _Header(dtype, view.get_shape())
     except (SafetensorError, OSError) as error:
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
     except KeyError as error:
         raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
 
 
-def _read_pickle(file: str) -> NamedTensors:
+def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     try:
         mmap = zipfile.is_zipfile(file)  # torch maps no older format
         tensors = torch.load(file, map_location="meta", mmap=mmap, weights_only=True)
@@ -342,8 +437,10 @@ def _check_index(files: List[str], names: Set[str]) -> None:
     if not os.path.exists(index):
         return
     with open(index) as file:
-        missing = sorted(set(json.load(file)["weight_map"]) - names)
+        weight_map = json.load(file)["weight_map"]
+    missing = sorted(set(weight_map) - names)
     if missing:
         raise UpdateRefused(
-            f"{index} lists {len(missing)} tensors that no file has: {missing[0]}, ..."
+            f"{index} has {missing[0]} in {weight_map[missing[0]]}, which lacks it or is "
+            f"not there ({len(missing)} such tensors): fetch the checkpoint again"
         )

@@ -246,7 +246,7 @@ class Mxfp8LinearWeights:
         self.loaded.add((name, shard))
 
     def _is_whole(self, name: str) -> bool:
-        shards = self.shapes[name]
+        shards = {shard for written, shard in self.loaded if written == name}
         parts = sum(len(s) if isinstance(s, tuple) else 1 for s in shards)
         return None in shards or parts == len(self.layer.logical_widths)
 
