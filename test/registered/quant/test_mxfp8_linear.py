@@ -7,7 +7,6 @@ from unittest import mock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -29,7 +28,11 @@ from sglang.srt.layers.quantization.mxfp8_model import (
     load_mxfp8_model,
 )
 from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearBackend
-from sglang.srt.layers.quantization.mxfp8_weights import deferred_processing
+from sglang.srt.layers.quantization.mxfp8_weights import (
+    HalfMoved,
+    deferred_processing,
+)
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -261,11 +264,24 @@ class TestLayerLife(MXFP8TestCase):
         self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
 
     def test_mxfp8_quantizes_without_triton_kernels(self):
-        x = torch.randn(4, 64).bfloat16()
+        """On a GPU that is said once, and tried once."""
+
+        class OnAGpu(torch.Tensor):
+            is_cuda = True
+
+        plain = torch.randn(4, 64).bfloat16()
+        on_a_gpu = plain.as_subclass(OnAGpu)
+        self.addCleanup(fp8_utils._triton_downcast.cache_clear)
+        fp8_utils._triton_downcast.cache_clear()
         with mock.patch.dict("sys.modules", {"triton_kernels": None}):
-            values, scale = fp8_utils.mxfp8_group_quantize(x)
-        self.assertTrue(same_bytes(values, quantize(x)[0]))
-        self.assertTrue(same_bytes(scale, quantize(x)[1]))
+            with self.assertLogs(fp8_utils.logger, "WARNING") as logs:
+                for x in (plain, on_a_gpu, on_a_gpu):
+                    values, scale = fp8_utils.mxfp8_group_quantize(x)
+                    self.assertTrue(same_bytes(values, quantize(plain)[0]))
+                    self.assertTrue(same_bytes(scale, quantize(plain)[1]))
+        self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
 
 
 def kernel_form(layer) -> torch.Tensor:
@@ -494,20 +510,24 @@ class TestLoading(MXFP8TestCase):
                 layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
             )
 
-    def test_a_layer_left_half_rearranged_is_never_used(self):
+    def test_a_layer_left_half_rearranged_stops_the_server(self):
         layers = build(256, 512), build(256, 512)
         tensors = [named(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
         model = self.load_model(*layers, tensors=tensors[0] + tensors[1])
-        x = torch.randn(3, 512).bfloat16()
-        before = layers[1](x)[0]
-        with mock.patch.object(
-            mxfp8_weights, "shuffle_rows_", side_effect=[MemoryError, mock.DEFAULT]
-        ):
-            with self.assertRaises(MemoryError):
+        self.enterContext(mock.patch.object(mxfp8_weights, "_half_moved", None))
+        runner = mock.MagicMock()
+        ModelRunner.forward(runner, None)
+        with mock.patch.object(mxfp8_weights, "shuffle_rows_", side_effect=MemoryError):
+            with self.assertRaisesRegex(HalfMoved, "layers.0 .*MemoryError.*restart"):
                 model.load_weights(tensors[0])
-        with self.assertRaisesRegex(RuntimeError, "layers.0 .*half rearranged"):
-            layers[0](x)
-        self.assertTrue(torch.equal(layers[1](x)[0], before))
+        # Also where a captured graph would run, which sees no layer.
+        runner._forward_raw.reset_mock()
+        with self.assertRaisesRegex(HalfMoved, "layers.0 .*half rearranged"):
+            ModelRunner.forward(runner, None)
+        runner._forward_raw.assert_not_called()
+        for again in tensors:
+            with self.assertRaises(HalfMoved):
+                model.load_weights(again)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sglang.srt.layers.quantization.mxfp8_formats import OTHER_SCALE, SCALE
 from sglang.srt.layers.quantization.mxfp8_weights import (
     WEIGHT,
+    HalfMoved,
     Mxfp8LinearWeights,
     name_mxfp8_layers,
 )
@@ -111,6 +112,8 @@ def agree_to_write(refusal: Optional[Exception]) -> None:
 
 def what_was_written(error: Exception) -> str:
     """What a failed update left behind, for its message."""
+    if isinstance(error, HalfMoved):
+        return "Nothing mends that."
     rank_update = _rank_update.get()
     may_write = rank_update is not None and rank_update.may_write
     if isinstance(error, UpdateRefused) and not may_write:
