@@ -397,9 +397,9 @@ class TestLoading(MXFP8TestCase):
         with self.assertRaisesRegex(ValueError, "makes the scales itself"):
             online.weight_scale_inv.weight_loader(online.weight_scale_inv, scale)
 
-    def load_model(self, *layers, tensors=()):
+    def load_model(self, *layers, tensors=(), model=None):
         """A model of these layers after its loader wrote `tensors`, as `named` gives them."""
-        model = torch.nn.Module()
+        model = model or torch.nn.Module()
         model.layers = torch.nn.ModuleList(layers)
 
         def load_weights(weights):
@@ -509,6 +509,53 @@ class TestLoading(MXFP8TestCase):
             torch.testing.assert_close(
                 layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
             )
+
+    def test_a_parameter_that_is_not_alone_in_its_memory_is_refused(self):
+        """Whatever put it there, before anything moves; and as soon as it is loaded."""
+
+        def other_place(model, param):
+            memory = torch.zeros(1 << 20, dtype=param.dtype)
+            param.data = memory[64 : 64 + param.numel()].view(param.shape)
+
+        def start_of_a_larger_memory(model, param):
+            memory = torch.zeros(1 << 20, dtype=param.dtype)
+            param.data = memory[: param.numel()].view(param.shape)
+
+        def memory_of_the_same_size(model, param):
+            param.data = param.data.clone()
+
+        def elsewhere_in_its_own_memory(model, param):
+            param.data = param.data[8:]
+
+        def an_alias(model, param):
+            model.w1 = param.data.view(-1)
+
+        def another_module(model, param):
+            model.tied = torch.nn.Module()
+            model.tied.weight = param
+
+        moves = (other_place, start_of_a_larger_memory, memory_of_the_same_size)
+        moves += (elsewhere_in_its_own_memory, an_alias, another_module)
+        _, *tensors = random_mxfp8(160, 512)
+        for move in moves:
+            for name in ("weight", "weight_scale_inv"):
+                for backend in (*BACKENDS, "bf16"):
+                    with self.subTest(move.__name__, name=name, backend=backend):
+                        n = 40 if backend == "bf16" else 160
+                        layers = [
+                            build(n, 512, backend.replace("bf16", "auto")) for _ in "ab"
+                        ]
+                        model = torch.nn.Module()
+                        model.layers = torch.nn.ModuleList(layers)
+                        move(model, getattr(layers[1], name))
+                        message = f"layers.1 .*its {name} was put into other memory"
+                        with self.assertRaisesRegex(ValueError, message):
+                            self.load_model(*layers, model=model)
+                        for layer in layers:
+                            self.assertFalse(layer.mxfp8_weights.in_kernel_form)
+                        if move in moves[:4]:
+                            with self.assertRaisesRegex(ValueError, message):
+                                load(layers[1], *(t[:n] for t in tensors))
 
     def test_a_layer_left_half_rearranged_stops_the_server(self):
         layers = build(256, 512), build(256, 512)

@@ -218,7 +218,8 @@ class Mxfp8LinearWeights:
         )
 
     def check_parameters(self) -> None:
-        """Raise RuntimeError where a load put other parameters in place of the layer's."""
+        """Raise RuntimeError where a load put other parameters in place of the layer's,
+        ValueError where they were moved."""
         for name in (WEIGHT, SCALE):
             if not hasattr(getattr(self.layer, name), "weight_loader"):
                 raise RuntimeError(
@@ -226,6 +227,7 @@ class Mxfp8LinearWeights:
                     "so it cannot be prepared or updated. Load formats layered and "
                     "flash_rl do so; use --load-format auto."
                 )
+        self._require_rooms()
 
     def exceeds_its_parameters(self) -> bool:
         """Whether the kernel form needs bytes beyond the registered parameters."""
@@ -371,7 +373,7 @@ def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
 
 def check_parameters(model: torch.nn.Module) -> None:
     """Raise, naming the layer, where a model put other parameters in place of a layer's
-    (RuntimeError), or where anything else lies in their memory (ValueError)."""
+    (RuntimeError), moved them, or keeps anything else in their memory (ValueError)."""
     owners = {}
     for weights in mxfp8_layers(model):
         weights.check_parameters()
