@@ -159,12 +159,13 @@ class Mxfp8LinearWeights:
     def to_checkpoint_form(self) -> None:
         """Undo `to_kernel_form`: the checkpoint's bytes again, at the same addresses."""
         with _form_lock:
+            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if not self.in_kernel_form:
-                if self._restored is not None:  # by a loader on another stream
-                    stream = torch.cuda.current_stream(self.layer.weight.device)
+                if self._restored is not None and weight.is_cuda:
+                    # Another loader restored it, on a stream of its own.
+                    stream = torch.cuda.current_stream(weight.device)
                     stream.wait_event(self._restored)
                 return
-            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             if self.backend.is_flashinfer():
                 with self._moving():
                     shuffled = self.backend.is_flashinfer_trtllm()
@@ -186,7 +187,7 @@ class Mxfp8LinearWeights:
         except Exception as error:
             _half_moved = (
                 f"{self.name} ({self.backend.value}): its weight was left half rearranged "
-                f"by {error!r}. This server answers nothing any more: restart it."
+                f"by {error!r}. This server answers nothing any more: restart it"
             )
             raise HalfMoved(_half_moved) from error
 
