@@ -17,7 +17,6 @@ from typing import List, Optional, Tuple
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -26,6 +25,7 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.quantization import mxfp8_weights
 from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -189,7 +189,11 @@ def build(case: Case, rank: int):
         with envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.override(case.layout):
             layer = _make(case, kwargs)
     for name in (WEIGHT, SCALE):
-        _add_guard(getattr(layer, name))
+        param = getattr(layer, name)
+        _add_guard(param)
+        # From here on, that is the memory that was made for it.
+        room = mxfp8_weights._Room(param.untyped_storage())
+        layer.mxfp8_weights._rooms[name] = room
     return layer
 
 

@@ -1,5 +1,7 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
+import copy
+import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -22,6 +24,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     shuffle_rows,
     swizzle_scale,
     swizzled_scale_numel,
+    unswizzle_scale_,
 )
 from sglang.srt.layers.quantization.mxfp8_model import (
     as_mxfp8_raw_loader,
@@ -200,6 +203,12 @@ class TestLayerLife(MXFP8TestCase):
 
     def test_loader_threads_write_parts_of_one_layer(self):
         """As DeepSeek's loader does; the first to write brings the layer back."""
+
+        def slowly(*args):
+            time.sleep(0.01)
+            unswizzle_scale_(*args)
+
+        self.enterContext(mock.patch.object(mxfp8_weights, "unswizzle_scale_", slowly))
         widths = [128] * 16
         layer = build(
             widths,
@@ -537,6 +546,8 @@ class TestLoading(MXFP8TestCase):
         moves = (other_place, start_of_a_larger_memory, memory_of_the_same_size)
         moves += (elsewhere_in_its_own_memory, an_alias, another_module)
         _, *tensors = random_mxfp8(160, 512)
+        with self.assertRaisesRegex(ValueError, "its weight was put into other"):
+            process(copy.deepcopy(build(160, 512)))
         for move in moves:
             for name in ("weight", "weight_scale_inv"):
                 for backend in (*BACKENDS, "bf16"):

@@ -129,16 +129,16 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
 
     def test_a_checkpoint_that_ends_within_the_last_rank(self):
         """Its rest is zeros, as in Qwen2.5-VL's MLP."""
-        tensors = random_mxfp8(256, K - 128)
-        for rank in self.branches(ranks=RANKS[1:]):
-            layer = self.build(RowParallelLinear, K, 256, tensor_parallel=rank)
-            self.load(layer, tensors)
-            pad = ((0, 128), (0, 128 // 32))
-            padded = (
-                torch.nn.functional.pad(as_bytes(tensor), width)
-                for tensor, width in zip(tensors[1:], pad)
-            )
-            self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in padded))
+        for rest in (128, K // 2):
+            tensors = random_mxfp8(256, K - rest)
+            padded = [
+                torch.nn.functional.pad(as_bytes(tensor), (0, width))
+                for tensor, width in zip(tensors[1:], (rest, rest // 32))
+            ]
+            for rank in self.branches(ranks=RANKS[1:]):
+                layer = self.build(RowParallelLinear, K, 256, tensor_parallel=rank)
+                self.load(layer, tensors)
+                self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in padded))
 
     def merged(self):
         """Parts of a merged layer, and what a rank holds of their weights and scales."""

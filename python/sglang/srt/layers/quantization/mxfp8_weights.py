@@ -59,6 +59,13 @@ def deferred_processing():
         _deferred.reset(token)
 
 
+class _Room(StorageWeakRef):
+    """The memory that was made for a parameter, by identity, without keeping it alive."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class HalfMoved(RuntimeError):
     """A layer was left half rearranged. Nothing mends it: its bytes are in neither form,
     and CUDA graphs read them past every Python object that could refuse."""
@@ -103,7 +110,7 @@ class Mxfp8LinearWeights:
         self.fixed_shapes = False
         self._make_room()
         self._rooms = {
-            name: StorageWeakRef(getattr(layer, name).untyped_storage())
+            name: _Room(getattr(layer, name).untyped_storage())
             for name in (WEIGHT, SCALE)
         }
         self._restored: Optional[torch.cuda.Event] = None
@@ -332,6 +339,7 @@ class Mxfp8LinearWeights:
             for target, source in _copies_of(
                 loader, self.layer.weight, loaded, *shard_id
             )
+            if source is None or source.numel()
         ]
         for _, source in copies:
             if source is not None and not source.is_meta:
@@ -442,6 +450,6 @@ def _scale_shape(weight: torch.Tensor) -> torch.Size:
 
 def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows of [N, K] in pieces whose arithmetic in fp32 stays within 64 MiB."""
-    step = max(1, MAX_TEMPORARY_BYTES // (32 * matrix.shape[1]))
+    step = max(1, MAX_TEMPORARY_BYTES // (32 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
