@@ -25,7 +25,6 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization import mxfp8_weights
 from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -35,6 +34,7 @@ from sglang.test.mxfp8_utils import (
     reference_linear,
 )
 from sglang.test.test_utils import CustomTestCase
+from torch.multiprocessing.reductions import StorageWeakRef
 
 register_cpu_ci(est_time=60, suite="default")
 
@@ -192,7 +192,7 @@ def build(case: Case, rank: int):
         param = getattr(layer, name)
         _add_guard(param)
         # From here on, that is the memory that was made for it.
-        room = mxfp8_weights._Room(param.untyped_storage())
+        room = StorageWeakRef(param.untyped_storage())
         layer.mxfp8_weights._rooms[name] = room
     return layer
 

@@ -9,6 +9,7 @@ import unittest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang.srt.layers.quantization import mxfp8_layout as layout
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase

@@ -1,6 +1,5 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
-import copy
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
@@ -546,8 +545,6 @@ class TestLoading(MXFP8TestCase):
         moves = (other_place, start_of_a_larger_memory, memory_of_the_same_size)
         moves += (elsewhere_in_its_own_memory, an_alias, another_module)
         _, *tensors = random_mxfp8(160, 512)
-        with self.assertRaisesRegex(ValueError, "its weight was put into other"):
-            process(copy.deepcopy(build(160, 512)))
         for move in moves:
             for name in ("weight", "weight_scale_inv"):
                 for backend in (*BACKENDS, "bf16"):

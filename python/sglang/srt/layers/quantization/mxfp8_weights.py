@@ -59,13 +59,6 @@ def deferred_processing():
         _deferred.reset(token)
 
 
-class _Room(StorageWeakRef):
-    """The memory that was made for a parameter, by identity, without keeping it alive."""
-
-    def __deepcopy__(self, memo):
-        return self
-
-
 class HalfMoved(RuntimeError):
     """A layer was left half rearranged. Nothing mends it: its bytes are in neither form,
     and CUDA graphs read them past every Python object that could refuse."""
@@ -110,7 +103,7 @@ class Mxfp8LinearWeights:
         self.fixed_shapes = False
         self._make_room()
         self._rooms = {
-            name: _Room(getattr(layer, name).untyped_storage())
+            name: StorageWeakRef(getattr(layer, name).untyped_storage())
             for name in (WEIGHT, SCALE)
         }
         self._restored: Optional[torch.cuda.Event] = None
