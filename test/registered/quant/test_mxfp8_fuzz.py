@@ -17,7 +17,6 @@ from typing import List, Optional, Tuple
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -35,6 +34,7 @@ from sglang.test.mxfp8_utils import (
     reference_linear,
 )
 from sglang.test.test_utils import CustomTestCase
+from torch.multiprocessing.reductions import StorageWeakRef
 
 register_cpu_ci(est_time=60, suite="default")
 
@@ -189,7 +189,11 @@ def build(case: Case, rank: int):
         with envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.override(case.layout):
             layer = _make(case, kwargs)
     for name in (WEIGHT, SCALE):
-        _add_guard(getattr(layer, name))
+        param = getattr(layer, name)
+        _add_guard(param)
+        # From here on, that is the memory that was made for it.
+        room = StorageWeakRef(param.untyped_storage())
+        layer.mxfp8_weights._rooms[name] = room
     return layer
 
 

@@ -1,5 +1,6 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
+import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -7,7 +8,6 @@ from unittest import mock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -23,13 +23,18 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     shuffle_rows,
     swizzle_scale,
     swizzled_scale_numel,
+    unswizzle_scale_,
 )
 from sglang.srt.layers.quantization.mxfp8_model import (
     as_mxfp8_raw_loader,
     load_mxfp8_model,
 )
 from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearBackend
-from sglang.srt.layers.quantization.mxfp8_weights import deferred_processing
+from sglang.srt.layers.quantization.mxfp8_weights import (
+    HalfMoved,
+    deferred_processing,
+)
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -197,6 +202,12 @@ class TestLayerLife(MXFP8TestCase):
 
     def test_loader_threads_write_parts_of_one_layer(self):
         """As DeepSeek's loader does; the first to write brings the layer back."""
+
+        def slowly(*args):
+            time.sleep(0.01)
+            unswizzle_scale_(*args)
+
+        self.enterContext(mock.patch.object(mxfp8_weights, "unswizzle_scale_", slowly))
         widths = [128] * 16
         layer = build(
             widths,
@@ -261,11 +272,24 @@ class TestLayerLife(MXFP8TestCase):
         self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
 
     def test_mxfp8_quantizes_without_triton_kernels(self):
-        x = torch.randn(4, 64).bfloat16()
+        """On a GPU that is said once, and tried once."""
+
+        class OnAGpu(torch.Tensor):
+            is_cuda = True
+
+        plain = torch.randn(4, 64).bfloat16()
+        on_a_gpu = plain.as_subclass(OnAGpu)
+        self.addCleanup(fp8_utils._triton_downcast.cache_clear)
+        fp8_utils._triton_downcast.cache_clear()
         with mock.patch.dict("sys.modules", {"triton_kernels": None}):
-            values, scale = fp8_utils.mxfp8_group_quantize(x)
-        self.assertTrue(same_bytes(values, quantize(x)[0]))
-        self.assertTrue(same_bytes(scale, quantize(x)[1]))
+            with self.assertLogs(fp8_utils.logger, "WARNING") as logs:
+                for x in (plain, on_a_gpu, on_a_gpu):
+                    values, scale = fp8_utils.mxfp8_group_quantize(x)
+                    self.assertTrue(same_bytes(values, quantize(plain)[0]))
+                    self.assertTrue(same_bytes(scale, quantize(plain)[1]))
+        self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
 
 
 def kernel_form(layer) -> torch.Tensor:
@@ -381,9 +405,9 @@ class TestLoading(MXFP8TestCase):
         with self.assertRaisesRegex(ValueError, "makes the scales itself"):
             online.weight_scale_inv.weight_loader(online.weight_scale_inv, scale)
 
-    def load_model(self, *layers, tensors=()):
+    def load_model(self, *layers, tensors=(), model=None):
         """A model of these layers after its loader wrote `tensors`, as `named` gives them."""
-        model = torch.nn.Module()
+        model = model or torch.nn.Module()
         model.layers = torch.nn.ModuleList(layers)
 
         def load_weights(weights):
@@ -494,20 +518,71 @@ class TestLoading(MXFP8TestCase):
                 layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
             )
 
-    def test_a_layer_left_half_rearranged_is_never_used(self):
+    def test_a_parameter_that_is_not_alone_in_its_memory_is_refused(self):
+        """Whatever put it there, before anything moves; and as soon as it is loaded."""
+
+        def other_place(model, param):
+            memory = torch.zeros(1 << 20, dtype=param.dtype)
+            param.data = memory[64 : 64 + param.numel()].view(param.shape)
+
+        def start_of_a_larger_memory(model, param):
+            memory = torch.zeros(1 << 20, dtype=param.dtype)
+            param.data = memory[: param.numel()].view(param.shape)
+
+        def memory_of_the_same_size(model, param):
+            param.data = param.data.clone()
+
+        def elsewhere_in_its_own_memory(model, param):
+            param.data = param.data[8:]
+
+        def an_alias(model, param):
+            model.w1 = param.data.view(-1)
+
+        def another_module(model, param):
+            model.tied = torch.nn.Module()
+            model.tied.weight = param
+
+        moves = (other_place, start_of_a_larger_memory, memory_of_the_same_size)
+        moves += (elsewhere_in_its_own_memory, an_alias, another_module)
+        _, *tensors = random_mxfp8(160, 512)
+        for move in moves:
+            for name in ("weight", "weight_scale_inv"):
+                for backend in (*BACKENDS, "bf16"):
+                    with self.subTest(move.__name__, name=name, backend=backend):
+                        n = 40 if backend == "bf16" else 160
+                        layers = [
+                            build(n, 512, backend.replace("bf16", "auto")) for _ in "ab"
+                        ]
+                        model = torch.nn.Module()
+                        model.layers = torch.nn.ModuleList(layers)
+                        move(model, getattr(layers[1], name))
+                        message = f"layers.1 .*its {name} was put into other memory"
+                        with self.assertRaisesRegex(ValueError, message):
+                            self.load_model(*layers, model=model)
+                        for layer in layers:
+                            self.assertFalse(layer.mxfp8_weights.in_kernel_form)
+                        if move in moves[:4]:
+                            with self.assertRaisesRegex(ValueError, message):
+                                load(layers[1], *(t[:n] for t in tensors))
+
+    def test_a_layer_left_half_rearranged_stops_the_server(self):
         layers = build(256, 512), build(256, 512)
         tensors = [named(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
         model = self.load_model(*layers, tensors=tensors[0] + tensors[1])
-        x = torch.randn(3, 512).bfloat16()
-        before = layers[1](x)[0]
-        with mock.patch.object(
-            mxfp8_weights, "shuffle_rows_", side_effect=[MemoryError, mock.DEFAULT]
-        ):
-            with self.assertRaises(MemoryError):
+        self.enterContext(mock.patch.object(mxfp8_weights, "_half_moved", None))
+        runner = mock.MagicMock()
+        ModelRunner.forward(runner, None)
+        with mock.patch.object(mxfp8_weights, "shuffle_rows_", side_effect=MemoryError):
+            with self.assertRaisesRegex(HalfMoved, "layers.0 .*MemoryError.*restart"):
                 model.load_weights(tensors[0])
-        with self.assertRaisesRegex(RuntimeError, "layers.0 .*half rearranged"):
-            layers[0](x)
-        self.assertTrue(torch.equal(layers[1](x)[0], before))
+        # Also where a captured graph would run, which sees no layer.
+        runner._forward_raw.reset_mock()
+        with self.assertRaisesRegex(HalfMoved, "layers.0 .*half rearranged"):
+            ModelRunner.forward(runner, None)
+        runner._forward_raw.assert_not_called()
+        for again in tensors:
+            with self.assertRaises(HalfMoved):
+                model.load_weights(again)
 
 
 if __name__ == "__main__":

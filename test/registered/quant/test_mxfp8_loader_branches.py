@@ -9,7 +9,6 @@ import unittest
 from unittest import mock
 
 import torch
-
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers import linear, parameter
 from sglang.srt.layers.linear import (
@@ -19,6 +18,8 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.quantization import mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8_emulation import quantize
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
 from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -53,14 +54,14 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-def build(cls, *sizes, tensor_parallel=None):
+def build(cls, *sizes, tensor_parallel=None, serialized=True):
     """A layer of this rank, with a scale full of a byte that no test loads."""
     ranks = tensor_parallel and dict(zip(("tp_rank", "tp_size"), tensor_parallel))
     layer = cls(
         *sizes,
         bias=False,
         params_dtype=torch.bfloat16,
-        quant_config=mxfp8_config(),
+        quant_config=mxfp8_config(serialized=serialized),
         prefix="m.proj",
         **(ranks or {}),
     )
@@ -68,22 +69,29 @@ def build(cls, *sizes, tensor_parallel=None):
     return layer
 
 
-def load(layer, weight, scale, *shard_id):
-    """Load a checkpoint's tensors, the scale as float8_e8m0fnu."""
-    layer.weight.weight_loader(layer.weight, weight, *shard_id)
-    scale = scale.view(torch.float8_e8m0fnu)
-    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
-
-
 def shard_of(tensor: torch.Tensor, rank: int, size: int, dim: int = 0):
     return as_bytes(tensor).chunk(size, dim)[rank]
 
 
 class TestE8M0ScalesOnEveryBranch(CustomTestCase):
+    """Checkpoints are (bf16, e4m3, scale), as `random_mxfp8` gives them."""
+
+    serialized = True
+
     @classmethod
     def setUpClass(cls):
         init_single_process_parallel_state()
         cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
+
+    def build(self, *args, **kwargs):
+        return build(*args, **kwargs, serialized=self.serialized)
+
+    def load(self, layer, tensors, *shard_id):
+        """The weight and the scale, as float8_e8m0fnu."""
+        _, weight, scale = tensors
+        scale = scale.view(torch.float8_e8m0fnu)
+        layer.weight.weight_loader(layer.weight, weight, *shard_id)
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
 
     def branches(self, ranks=RANKS):
         """Each rank, on the CPU's loaders and on the GPU's."""
@@ -99,54 +107,71 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
         self.assertEqual(layer.mxfp8_weights.unwritten(), [])
 
     def test_replicated(self):
-        _, weight, scale = random_mxfp8(256, K)
+        tensors = random_mxfp8(256, K)
         for _ in self.branches(ranks=RANKS[:1]):
-            layer = build(ReplicatedLinear, K, 256)
-            load(layer, weight, scale)
-            self.assert_holds(layer, weight, scale)
+            layer = self.build(ReplicatedLinear, K, 256)
+            self.load(layer, tensors)
+            self.assert_holds(layer, *tensors[1:])
 
     def test_column(self):
-        _, *tensors = random_mxfp8(256, K)
+        tensors = random_mxfp8(256, K)
         for rank in self.branches():
-            layer = build(ColumnParallelLinear, K, 256, tensor_parallel=rank)
-            load(layer, *tensors)
-            self.assert_holds(layer, *(shard_of(t, *rank) for t in tensors))
+            layer = self.build(ColumnParallelLinear, K, 256, tensor_parallel=rank)
+            self.load(layer, tensors)
+            self.assert_holds(layer, *(shard_of(t, *rank) for t in tensors[1:]))
 
     def test_row(self):
-        _, *tensors = random_mxfp8(256, K)
+        tensors = random_mxfp8(256, K)
         for rank in self.branches():
-            layer = build(RowParallelLinear, K, 256, tensor_parallel=rank)
-            load(layer, *tensors)
-            self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in tensors))
+            layer = self.build(RowParallelLinear, K, 256, tensor_parallel=rank)
+            self.load(layer, tensors)
+            self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in tensors[1:]))
+
+    def test_a_checkpoint_that_ends_within_the_last_rank(self):
+        """Its rest is zeros, as in Qwen2.5-VL's MLP."""
+        for rest in (128, K // 2):
+            tensors = random_mxfp8(256, K - rest)
+            padded = [
+                torch.nn.functional.pad(as_bytes(tensor), (0, width))
+                for tensor, width in zip(tensors[1:], (rest, rest // 32))
+            ]
+            for rank in self.branches(ranks=RANKS[1:]):
+                layer = self.build(RowParallelLinear, K, 256, tensor_parallel=rank)
+                self.load(layer, tensors)
+                self.assert_holds(layer, *(shard_of(t, *rank, dim=1) for t in padded))
 
     def merged(self):
         """Parts of a merged layer, and what a rank holds of their weights and scales."""
-        parts = [random_mxfp8(n, K, seed)[1:] for seed, n in enumerate(GATE_UP)]
+        parts = [random_mxfp8(n, K, seed) for seed, n in enumerate(GATE_UP)]
         return parts, lambda rank: [
-            torch.cat([shard_of(t, *rank) for t in kind]) for kind in zip(*parts)
+            torch.cat([shard_of(t, *rank) for t in kind])
+            for kind in list(zip(*parts))[1:]
         ]
 
     def qkv(self):
-        parts = [random_mxfp8(n, K, seed)[1:] for seed, n in enumerate(QKV)]
+        parts = [random_mxfp8(n, K, seed) for seed, n in enumerate(QKV)]
 
         def held(rank):
             # Query heads are split, the one key-value head is replicated.
             return [
                 torch.cat([shard_of(q, *rank), as_bytes(k), as_bytes(v)])
-                for q, k, v in zip(*parts)
+                for q, k, v in list(zip(*parts))[1:]
             ]
 
         return parts, held
 
     def assert_loads_fused(self, cls, sizes, shard_ids, parts, held):
-        whole = [torch.cat([as_bytes(t) for t in kind]) for kind in zip(*parts)]
+        whole = [
+            torch.cat([as_bytes(t) for t in kind]).view(kind[0].dtype)
+            for kind in zip(*parts)
+        ]
         for rank in self.branches():
-            layer = build(cls, *sizes, tensor_parallel=rank)
+            layer = self.build(cls, *sizes, tensor_parallel=rank)
             for shard_id, part in zip(shard_ids, parts):
-                load(layer, *part, shard_id)
+                self.load(layer, part, shard_id)
             self.assert_holds(layer, *held(rank))
-            layer = build(cls, *sizes, tensor_parallel=rank)
-            load(layer, *whole)
+            layer = self.build(cls, *sizes, tensor_parallel=rank)
+            self.load(layer, whole)
             self.assert_holds(layer, *held(rank))
 
     def test_merged_by_shard_and_fused_on_disk(self):
@@ -157,6 +182,54 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
     def test_qkv_by_shard_and_fused_on_disk(self):
         sizes = (K, HEAD, HEADS, KV_HEADS)
         self.assert_loads_fused(QKVParallelLinear, sizes, "qkv", *self.qkv())
+
+
+class TestQuantizedOnEveryBranch(TestE8M0ScalesOnEveryBranch):
+    """`--quantization mxfp8` quantizes this rank's shard, and nothing else."""
+
+    serialized = False
+
+    def load(self, layer, tensors, *shard_id):
+        quantized = layer.__dict__.setdefault("quantized", [])
+
+        def count(x):
+            quantized.append(x.numel())
+            return quantize(x)
+
+        with mock.patch.object(mxfp8_weights, "quantize", count):
+            layer.weight.weight_loader(layer.weight, tensors[0], *shard_id)
+
+    def assert_holds(self, layer, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        super().assert_holds(layer, weight, scale)
+        self.assertLessEqual(sum(layer.quantized), layer.weight.numel())
+
+    def test_a_tensor_with_nan_or_infinity_is_refused_before_it_is_written(self):
+        for number in (float("nan"), float("inf"), -float("inf")):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                layer = self.build(QKVParallelLinear, K, HEAD, HEADS, KV_HEADS)
+                weight = torch.ones(QKV[0] + 2 * QKV[1], K, dtype=dtype)
+                self.load(layer, (weight,))
+                before = layer.weight.clone(), layer.weight_scale_inv.clone()
+                layer.mxfp8_weights.to_kernel_form()
+                bad = 2 * weight
+                bad[-1, -1] = number
+                for tensor, part in ((bad, ""), (bad[-HEAD:], r" \(shard v\)")):
+                    with self.subTest(number=number, dtype=dtype, part=part):
+                        shard = part[-4:-2] and ("v",)
+                        with self.assertRaisesRegex(
+                            ValueError, f"m.proj.weight{part} holds NaN or infinity"
+                        ):
+                            self.load(layer, (tensor,), *shard)
+                        layer.mxfp8_weights.to_checkpoint_form()
+                        self.assertTrue(same_bytes(layer.weight, before[0]))
+                        self.assertTrue(same_bytes(layer.weight_scale_inv, before[1]))
+
+    def test_another_loader_that_does_not_copy_is_an_error(self):
+        layer = self.build(ReplicatedLinear, K, 256)
+        with self.assertRaisesRegex(RuntimeError, "does not copy what it loads"):
+            layer.mxfp8_weights.load(
+                lambda param, loaded: None, layer.weight, torch.ones(256, K)
+            )
 
 
 # Half of a down_proj of 576 columns is a multiple of 32, and not of 128.

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import itertools
 import os
 import signal
 import socket
@@ -22,18 +23,19 @@ from collections import defaultdict
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig
-
 from sglang.srt.connector import BaseConnector, create_remote_connector
 from sglang.srt.connector.remote_instance import RemoteInstanceConnector
+from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
 from sglang.srt.layers.quantization.mxfp8_model import (
     check_mxfp8_disk_update,
     mxfp8_checkpoint_form,
     mxfp8_layers,
 )
+from sglang.srt.layers.quantization.mxfp8_weights import check_parameters
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import loader as loaders
+from sglang.srt.models.deepseek import DeepseekForCausalLM
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.utils import init_custom_process_group
 from sglang.srt.utils.offloader import (
@@ -56,6 +58,7 @@ from sglang.test.mxfp8_utils import (
     write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
+from transformers import LlamaConfig
 
 register_cpu_ci(est_time=60, suite="default")
 
@@ -551,8 +554,72 @@ class TestOffload(LoadPathTestCase):
         weights.to_checkpoint_form()
         scale = weights.layer.weight_scale_inv
         scale.data = scale.data.clone()
-        with self.assertRaisesRegex(RuntimeError, "gate_up_proj.*CPU offload"):
+        with self.assertRaisesRegex(ValueError, "gate_up_proj.*CPU offload"):
             weights.to_kernel_form()
+
+    def test_an_unpadded_layer_may_be_moved_by_an_offloader_alone(self):
+        for offloader in (OffloaderV1(0), NoopOffloader()):
+            with self.subTest(type(offloader).__name__), self.offloader(offloader):
+                bf16 = dict(bias=False, params_dtype=torch.bfloat16)
+                layer = ReplicatedLinear(512, 256, **bf16, quant_config=mxfp8_config())
+                layer.weight.data = layer.weight.data.clone()
+                if isinstance(offloader, OffloaderV1):
+                    layer.mxfp8_weights.to_kernel_form()
+                else:
+                    with self.assertRaisesRegex(ValueError, "its weight was put into"):
+                        layer.mxfp8_weights.to_kernel_form()
+
+
+class TestPackedExperts(LoadPathTestCase):
+    """DeepSeek V1 packs its experts' weights into one buffer, which `fused_moe` reads."""
+
+    @staticmethod
+    def build(quant_config, device="cpu", dtype=torch.bfloat16):
+        config = LlamaConfig(
+            hidden_size=256,
+            intermediate_size=512,
+            moe_intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            vocab_size=256,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            first_k_dense_replace=1,
+            moe_layer_freq=1,
+        )
+        with loaders.set_default_torch_dtype(dtype), torch.device(device):
+            return DeepseekForCausalLM(config, quant_config)
+
+    def test_in_mxfp8_they_are_refused_before_a_byte_is_written(self):
+        expert = "model.layers.1.mlp.experts.2.down_proj"
+        refusal = "experts.down_proj .*its weight was put into other memory"
+        for serialized, device in itertools.product((True, False), ("cpu", "meta")):
+            with self.subTest(serialized=serialized, device=device):
+                model = self.build(mxfp8_config(serialized=serialized), device)
+                weight = torch.ones(256, 128, dtype=torch.bfloat16)
+                if serialized:
+                    weight = weight.to(torch.float8_e4m3fn)
+                packed = model.model.layers[1].mlp.w2.view(torch.uint8)
+                if device == "cpu":
+                    packed.fill_(7)
+                with self.assertRaisesRegex(ValueError, refusal):
+                    model.load_weights([(f"{expert}.weight", weight)])
+                self.assertTrue(device == "meta" or (packed == 7).all())
+                with self.assertRaisesRegex(ValueError, "its weight was put into"):
+                    check_parameters(model)
+
+    def test_in_bf16_they_load_beside_layers_in_mxfp8(self):
+        model = self.build(mxfp8_config(ignored_layers=["experts"]))
+        check_parameters(model)
+        names = {w.layer.prefix.rpartition(".")[2] for w in mxfp8_layers(model)}
+        self.assertEqual(names, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})
+        weight = torch.full((256, 128), 3, dtype=torch.bfloat16)
+        name = "model.layers.1.mlp.experts.2.down_proj.weight"
+        model.load_weights([(name, weight)])
+        self.assertTrue(torch.equal(model.model.layers[1].mlp.w2[2], weight))
 
 
 class TestOneCopy(LoadPathTestCase):

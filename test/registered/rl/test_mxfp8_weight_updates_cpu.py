@@ -11,10 +11,11 @@ import socket
 import tempfile
 import threading
 import unittest
+from unittest import mock
 
 import requests
 import torch
-
+from sglang.srt.layers.quantization import mxfp8_weights
 from sglang.srt.utils import (
     MultiprocessingSerializer,
     init_custom_process_group,
@@ -352,6 +353,46 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         finally:
             os.remove(f.name)
         self.assert_refused(self.update_from_disk("/no/such/checkpoint"), "no/such")
+
+
+def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
+    """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    mxfp8_weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
+
+
+class TestAHalfMovedLayer(CustomTestCase):
+    def test_the_server_says_so_and_answers_nothing_any_more(self):
+        url, breaker = TestMXFP8WeightUpdates.base_url, break_the_next_move.__name__
+        breaker = f"{os.path.basename(__file__).removesuffix('.py')}.{breaker}"
+        search = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+        with tempfile.TemporaryDirectory() as directory:
+            log = self.enterContext(open(os.path.join(directory, "log"), "w+"))
+            server = launch_cpu_server(
+                write_checkpoint(directory, tiny_llama_tensors()),
+                url,
+                "flashinfer_trtllm",
+                ["--skip-tokenizer-init", "--custom-weight-loader", breaker],
+                env={"PYTHONPATH": os.pathsep.join(search)},
+                log=log,
+            )
+            self.addCleanup(kill_process_tree, server.pid)
+            update = dict(
+                serialized_named_tensors=[
+                    MultiprocessingSerializer.serialize([], output_str=True)
+                ],
+                load_format=breaker,
+            )
+            answer = requests.post(
+                f"{url}/update_weights_from_tensor", json=update, timeout=60
+            ).json()
+            reason = "half rearranged by MemoryError.'no room'.*restart it"
+            self.assertFalse(answer["success"])
+            self.assertRegex(answer["message"], f"qkv_proj .*{reason}.*Nothing mends")
+            with self.assertRaises(requests.ConnectionError):
+                requests.get(f"{url}/health", timeout=60)
+            server.wait(60)
+            log.seek(0)
+            self.assertRegex(log.read(), f"Scheduler hit an exception[^$]*{reason}")
 
 
 if __name__ == "__main__":

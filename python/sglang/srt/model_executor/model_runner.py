@@ -4,6 +4,10 @@ ModelRunner.load_model
     thread: sgl-project/sglang#22484
     until: upstream has restore_weights_before_loading
 
+ModelRunner.forward
+    why: a layer that an update left half rearranged would be read, by CUDA graphs too; the server stops, and says why
+    until: never, as long as weights move in place
+
 ModelRunner.update_weights_from_disk, ModelRunner._weights_served_from
     why: a checkpoint is checked before a byte is written, and a failed update rolls back to the checkpoint last served from disk, not to the new path
     until: upstream checks updates
@@ -39,6 +43,7 @@ from sglang.srt.layers.quantization.mxfp8_model import (
     load_mxfp8_model,
     load_mxfp8_tensors_directly,
 )
+from sglang.srt.layers.quantization.mxfp8_weights import refuse_half_moved
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
@@ -56,6 +61,10 @@ class ModelRunner:
         self.model = load_mxfp8_model(
             self.loader, self.model_config, DeviceConfig(self.device, self.gpu_id)
         )
+
+    @prepend
+    def forward(self):
+        refuse_half_moved()
 
     @prepend
     def update_weights_from_disk(self, model_path, load_format, weight_name_filter):

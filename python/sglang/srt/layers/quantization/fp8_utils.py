@@ -8,7 +8,7 @@ _dispatch_explicit_backend
     why: flashinfer_cutlass has no block-FP8 kernel; say so instead of "unknown"
     until: the base is 0.5.10 or later
 
-_get_triton_mxfp8_downcast, mxfp8_group_quantize
+_get_triton_mxfp8_downcast, mxfp8_group_quantize, _triton_downcast
     why: MXFP8 must not depend on triton_kernels, which ships inside sgl-kernel
     until: upstream's quantizer has no such dependency
 
@@ -102,14 +102,25 @@ def mxfp8_group_quantize(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """
     assert x.dim() == 2, f"Expected 2D input, got {x.dim()}D"
     assert x.shape[1] % GROUP_SIZE == 0, f"K={x.shape[1]} must be divisible by 32"
-    if not x.is_cuda:
+    downcast = _triton_downcast() if x.is_cuda else None
+    if downcast is None:
         return mxfp8_emulation.quantize(x)
+    values, scale = downcast(x.contiguous(), torch.float8_e4m3fn, axis=1)
+    return values.contiguous(), scale.contiguous()
+
+
+@lru_cache(maxsize=None)
+def _triton_downcast() -> Optional[Callable]:
+    """The Triton quantizer of triton_kernels; None, with one warning, without it."""
     try:
         from triton_kernels.numerics_details.mxfp import downcast_to_mxfp
-    except ImportError:
-        return mxfp8_emulation.quantize(x)
-    values, scale = downcast_to_mxfp(x.contiguous(), torch.float8_e4m3fn, axis=1)
-    return values.contiguous(), scale.contiguous()
+    except ImportError as error:
+        logger.warning(
+            "MXFP8 is quantized in plain torch, slowly: "
+            f"triton_kernels cannot be imported ({error}). sgl-kernel brings it."
+        )
+        return None
+    return downcast_to_mxfp
 
 
 def dispatch_w8a8_mxfp8_linear(choice: Mxfp8LinearChoice) -> Callable:

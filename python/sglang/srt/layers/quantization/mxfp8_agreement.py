@@ -10,6 +10,8 @@ from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
 
 import torch
 
+from sglang.srt.layers.quantization.mxfp8_weights import HalfMoved
+
 logger = logging.getLogger(__name__)
 
 
@@ -105,6 +107,8 @@ def note_taken(taken: Iterable[str], untaken: Iterable[str]) -> bool:
 
 def what_was_written(error: Exception) -> str:
     """What a failed update left behind, for its message; "" where nobody can tell."""
+    if isinstance(error, HalfMoved):
+        return "Nothing mends that."
     rank_update = _rank_update.get()
     if rank_update is not None and rank_update.may_write:
         return "The weights may be partially updated: update all of them again."

@@ -35,6 +35,7 @@ from sglang.srt.layers.quantization.mxfp8_update_check import (
 )
 from sglang.srt.layers.quantization.mxfp8_weights import (
     Mxfp8LinearWeights,
+    check_parameters,
     deferred_processing,
     mxfp8_layers,
     name_mxfp8_layers,
@@ -78,11 +79,11 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         return model
     _refuse_unsupported(loader, layers)
     _check_all_written(layers)
+    check_parameters(model)
     for weights in layers:
-        weights.check_parameters()
         weights.fixed_shapes = True
         weights.held = False
-        weights.to_kernel_form()
+    _all_to_kernel_form(layers)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
     check = _update_check(loader, model_config, model)
@@ -235,11 +236,12 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
     For code that reads or writes parameters past their loaders. Ends in kernel form.
     """
     layers = mxfp8_layers(model)
-    _wait_for_kernels(layers)
+    _wait_for_streams(layers)
     try:
         for weights in layers:
             weights.held = True
             weights.to_checkpoint_form()
+        _wait_for_streams(layers)
         yield
     finally:
         for weights in layers:
@@ -348,7 +350,7 @@ def _managed(
 
     @functools.wraps(load_weights)
     def load_checked_weights(weights, *args, **kwargs):
-        _wait_for_kernels(layers)
+        _wait_for_streams(layers)
         try:
             if not isinstance(weights, AgreedWeights):
                 weights = list(with_mxfp8_names(weights))
@@ -408,21 +410,23 @@ def _other_half(name: str) -> Optional[str]:
     return None
 
 
-def _wait_for_kernels(layers: List[Mxfp8LinearWeights]) -> None:
-    """A forward pass on another stream may still read what is about to move."""
+def _wait_for_streams(layers: List[Mxfp8LinearWeights]) -> None:
+    """A forward pass or a loader on another stream may still read or write what is about
+    to move."""
     if layers and layers[0].layer.weight.is_cuda:
         torch.cuda.synchronize(layers[0].layer.weight.device)
 
 
 def _all_to_kernel_form(layers: List[Mxfp8LinearWeights]) -> None:
     """Every layer that can be; then the first error, if any."""
+    _wait_for_streams(layers)
     errors = []
     for weights in layers:
         try:
             weights.to_kernel_form()
         except Exception as error:
             errors.append(error)
-    _wait_for_kernels(layers)
+    _wait_for_streams(layers)
     if errors:
         raise errors[0]
 

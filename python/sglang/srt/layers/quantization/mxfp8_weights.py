@@ -14,6 +14,8 @@ from contextvars import ContextVar
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8_formats import SCALE
@@ -39,7 +41,10 @@ _SAME_BYTES = {
     torch.float8_e4m3fn: (torch.uint8,),
     torch.uint8: (torch.float8_e8m0fnu,),
 }
+# What a loader copies: a view of the parameter, and its source, or None for zeros.
+_Copy = Tuple[torch.Tensor, Optional[torch.Tensor]]
 _form_lock = threading.Lock()
+_half_moved: Optional[str] = None
 _deferred = ContextVar("_deferred", default=False)
 
 
@@ -52,6 +57,17 @@ def deferred_processing():
         yield
     finally:
         _deferred.reset(token)
+
+
+class HalfMoved(RuntimeError):
+    """A layer was left half rearranged. Nothing mends it: its bytes are in neither form,
+    and CUDA graphs read them past every Python object that could refuse."""
+
+
+def refuse_half_moved() -> None:
+    """Raise HalfMoved for good, once a layer of this process was left so."""
+    if _half_moved is not None:
+        raise HalfMoved(_half_moved)
 
 
 class Mxfp8LinearWeights:
@@ -81,35 +97,37 @@ class Mxfp8LinearWeights:
         self.quantize_on_load = quantize_on_load
         self.in_kernel_form = False
         self.held = _deferred.get()
-        self.broken_by: Optional[Exception] = None
         self.name = getattr(layer, "prefix", "") or type(layer).__name__
         self.shapes: Dict[str, Dict[Any, torch.Size]] = {WEIGHT: {}, SCALE: {}}
         self.loaded: Set[Tuple[str, Any]] = set()
         self.fixed_shapes = False
         self._make_room()
+        self._rooms = {
+            name: StorageWeakRef(getattr(layer, name).untyped_storage())
+            for name in (WEIGHT, SCALE)
+        }
+        self._restored: Optional[torch.cuda.Event] = None
 
     def load(self, loader: Callable, param, loaded: torch.Tensor, *shard_id) -> None:
         """Write one loaded tensor (or a shard of it) through upstream's `loader`.
 
         Brings the layer to checkpoint form first. Raises ValueError for a dtype whose
-        bytes are not the parameter's, or for a shape that is not the layer's.
+        bytes are not the parameter's, for a shape that is not the layer's, for NaN or
+        infinity in what is quantized, and for a parameter that shares its memory.
         """
         name = WEIGHT if param is self.layer.weight else SCALE
         shard = shard_id[0] if shard_id else None
+        self._require_rooms()
         if self.fixed_shapes:
             self._check_shape(name, shard, loaded)
-        self._note(name, shard, loaded)
+        self._note(name, shard, loaded.shape)
         if self.quantize_on_load and name == SCALE:
             raise ValueError(
                 f"{self.name}.{SCALE}: --quantization mxfp8 makes the scales itself, "
                 f"send {WEIGHT} only, in bf16, fp16 or fp32"
             )
         if self.quantize_on_load:
-            values, scale = self._quantize(loaded.to(param.device))
-            self._note(SCALE, shard, scale)
-            self.to_checkpoint_form()
-            loader(self.layer.weight, values, *shard_id)
-            loader(self.layer.weight_scale_inv, scale, *shard_id)
+            self._load_quantized(loader, loaded, *shard_id)
         else:
             loaded = self.as_bytes_of(param, name, loaded)
             self.to_checkpoint_form()
@@ -124,7 +142,7 @@ class Mxfp8LinearWeights:
         with _form_lock:
             if self.in_kernel_form or self.held:
                 return
-            self._require_room()
+            self._require_rooms()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
             with self._moving():
                 if self.backend.is_flashinfer():
@@ -141,35 +159,37 @@ class Mxfp8LinearWeights:
     def to_checkpoint_form(self) -> None:
         """Undo `to_kernel_form`: the checkpoint's bytes again, at the same addresses."""
         with _form_lock:
-            if not self.in_kernel_form:
-                return
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
+            if not self.in_kernel_form:
+                if self._restored is not None and weight.is_cuda:
+                    # Another loader restored it, on a stream of its own.
+                    stream = torch.cuda.current_stream(weight.device)
+                    stream.wait_event(self._restored)
+                return
             if self.backend.is_flashinfer():
                 with self._moving():
                     shuffled = self.backend.is_flashinfer_trtllm()
                     unswizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
                     if shuffled:
                         unshuffle_rows_(weight)
+            if weight.is_cuda:
+                self._restored = torch.cuda.current_stream(weight.device).record_event()
             self.in_kernel_form = False
 
     @contextmanager
     def _moving(self):
         """Bytes move within it: an exception leaves them in neither form, and from then
-        on every use of the layer raises RuntimeError."""
-        if self.broken_by is not None:
-            self._refuse()
+        on `refuse_half_moved` raises."""
+        global _half_moved
+        refuse_half_moved()
         try:
             yield
         except Exception as error:
-            self.broken_by = error
-            self.layer.w8a8_mxfp8_linear = self._refuse
-            raise
-
-    def _refuse(self, **_) -> None:
-        raise RuntimeError(
-            f"{self.name} ({self.backend.value}): its weight was left half rearranged. "
-            "Restart the server."
-        ) from self.broken_by
+            _half_moved = (
+                f"{self.name} ({self.backend.value}): its weight was left half rearranged "
+                f"by {error!r}. This server answers nothing any more: restart it"
+            )
+            raise HalfMoved(_half_moved) from error
 
     def dequantized(self) -> torch.Tensor:
         """The weight as bf16 [N, K], in memory of its own, from either form.
@@ -199,7 +219,8 @@ class Mxfp8LinearWeights:
         )
 
     def check_parameters(self) -> None:
-        """Raise RuntimeError where a load put other parameters in place of the layer's."""
+        """Raise RuntimeError where a load put other parameters in place of the layer's,
+        ValueError where they were moved."""
         for name in (WEIGHT, SCALE):
             if not hasattr(getattr(self.layer, name), "weight_loader"):
                 raise RuntimeError(
@@ -207,6 +228,7 @@ class Mxfp8LinearWeights:
                     "so it cannot be prepared or updated. Load formats layered and "
                     "flash_rl do so; use --load-format auto."
                 )
+        self._require_rooms()
 
     def exceeds_its_parameters(self) -> bool:
         """Whether the kernel form needs bytes beyond the registered parameters."""
@@ -221,16 +243,31 @@ class Mxfp8LinearWeights:
             view = room[: param.numel()].view(param.dtype)
             param.data = view.view(param.shape)
 
-    def _require_room(self) -> None:
-        for param, needed in self._needed_bytes():
-            if param.untyped_storage().nbytes() < needed:
-                raise RuntimeError(
-                    f"{self.name} ({self.backend.value}): its kernel form needs {needed} "
-                    f"bytes behind a parameter that was moved with "
-                    f"{param.untyped_storage().nbytes()}. CPU offload moves bare "
-                    "parameters: serve without --cpu-offload-gb and --offload-*, or list "
-                    "the layer in modules_to_not_convert."
-                )
+    def _require_rooms(self) -> None:
+        """Raise ValueError for a parameter that is not where it was made."""
+        for name, room in self._rooms.items():
+            param = getattr(self.layer, name)
+            storage = param.untyped_storage()
+            at_home = StorageWeakRef(storage) == room or self._is_offloaded(param)
+            if param.storage_offset() or not at_home:
+                raise ValueError(self._shares(name))
+
+    def _is_offloaded(self, param: torch.nn.Parameter) -> bool:
+        """Whether it was moved alone, with all that its kernel form needs."""
+        from sglang.srt.utils.offloader import NoopOffloader, get_offloader
+
+        alone = param.untyped_storage().nbytes() == param.numel()
+        whole = all(param.numel() >= n for p, n in self._needed_bytes() if p is param)
+        return alone and whole and not isinstance(get_offloader(), NoopOffloader)
+
+    def _shares(self, name: str) -> str:
+        return (
+            f"{self.name} ({self.backend.value}): its {name} was put into other memory "
+            "than was made for it, or shares it, and cannot be rearranged there. Models "
+            "that pack their experts into one buffer do so, as does CPU offload of a "
+            "padded layer: list the layer in modules_to_not_convert, or serve in bf16, or "
+            "without --cpu-offload-gb and --offload-*."
+        )
 
     def _needed_bytes(self) -> List[Tuple[torch.nn.Parameter, int]]:
         """The parameters whose storage has more than their view, and its bytes."""
@@ -241,8 +278,8 @@ class Mxfp8LinearWeights:
             return [(weight, dequantized_end(*weight.shape))]
         return []
 
-    def _note(self, name: str, shard, tensor: torch.Tensor) -> None:
-        self.shapes[name][shard] = tensor.shape
+    def _note(self, name: str, shard, shape: torch.Size) -> None:
+        self.shapes[name][shard] = shape
         self.loaded.add((name, shard))
 
     def _is_whole(self, name: str) -> bool:
@@ -253,15 +290,16 @@ class Mxfp8LinearWeights:
     def _check_shape(self, name: str, shard, loaded: torch.Tensor) -> None:
         expected = self.shapes[name].get(shard) or self._full_shape(name, shard)
         if expected is not None and loaded.shape != expected:
-            part = "" if shard is None else f" (shard {shard})"
             raise ValueError(
-                f"{self._label(name, loaded)}{part} is {list(expected)}, got "
+                f"{self._label(name, loaded, shard)} is {list(expected)}, got "
                 f"{list(loaded.shape)}{_swizzled_hint(name, loaded, expected)}"
             )
 
-    def _label(self, name: str, loaded: torch.Tensor) -> str:
+    def _label(self, name: str, loaded: torch.Tensor, shard=None) -> str:
         """The parameter, by the checkpoint's name where a check knows it."""
-        return ", ".join(getattr(loaded, "origins", ())) or f"{self.name}.{name}"
+        part = "" if shard is None else f" (shard {shard})"
+        own = f"{self.name}.{name}"
+        return (", ".join(getattr(loaded, "origins", ())) or own) + part
 
     def _full_shape(self, name: str, shard) -> Optional[torch.Size]:
         """Shape of a whole tensor of the checkpoint, as the layer declares it."""
@@ -280,19 +318,47 @@ class Mxfp8LinearWeights:
         columns = layer.input_size // (GROUP_SIZE if name == SCALE else 1)
         return torch.Size((rows, columns))
 
-    def _quantize(self, loaded: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+    def _load_quantized(self, loader: Callable, loaded: torch.Tensor, *shard_id):
+        """Quantize what `loader` would copy of `loaded`: this rank's shard, no more."""
+        label = self._label(WEIGHT, loaded, *shard_id)
         if not loaded.is_floating_point() or loaded.element_size() < 2:
             raise ValueError(
-                f"{self.name}.{WEIGHT}: --quantization mxfp8 quantizes bf16, fp16 or "
-                f"fp32 weights, got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
+                f"{label}: --quantization mxfp8 quantizes bf16, fp16 or fp32 weights, "
+                f"got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
             )
-        values = torch.empty_like(loaded, dtype=torch.float8_e4m3fn)
-        scale = loaded.new_empty(
-            (loaded.shape[0], loaded.shape[1] // GROUP_SIZE), dtype=torch.uint8
-        )
-        for rows in _row_slabs(loaded):
-            values[rows], scale[rows] = quantize(loaded[rows])
-        return values, scale
+        device = self.layer.weight.device
+        copies = [
+            (target, None if source is None else source.to(device))
+            for target, source in _copies_of(
+                loader, self.layer.weight, loaded, *shard_id
+            )
+            if source is None or source.numel()
+        ]
+        for _, source in copies:
+            if source is not None and not source.is_meta:
+                refuse_non_finite(label, source)
+        self._note(SCALE, *(shard_id or (None,)), _scale_shape(loaded))
+        self.to_checkpoint_form()
+        for target, source in copies:
+            self._write_quantized(target, source)
+
+    def _write_quantized(
+        self, target: torch.Tensor, source: Optional[torch.Tensor]
+    ) -> None:
+        """Write into the weight at the place that `target` has in its stand-in."""
+        whole, scales = self.layer.weight.data, self.layer.weight_scale_inv.data
+        top, left = divmod(target.storage_offset(), whole.shape[1])
+        weight = whole[top:, left:][: target.shape[0], : target.shape[1]]
+        groups = _scale_shape(target)
+        scale = scales[top:, left // GROUP_SIZE :][: groups[0], : groups[1]]
+        if source is None:
+            weight.zero_()
+            scale.zero_()
+        elif source.is_meta:  # a check, which has no numbers
+            weight.copy_(torch.empty_like(source, dtype=weight.dtype))
+        else:
+            for rows in _row_slabs(source):
+                weight[rows], scale[rows] = quantize(source[rows])
 
 
 def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
@@ -307,14 +373,76 @@ def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
     return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
 
 
+def check_parameters(model: torch.nn.Module) -> None:
+    """Raise, naming the layer, where a model put other parameters in place of a layer's
+    (RuntimeError), moved them, or keeps anything else in their memory (ValueError)."""
+    owners = {}
+    for weights in mxfp8_layers(model):
+        weights.check_parameters()
+        owners |= {r.cdata: (weights, n) for n, r in weights._rooms.items()}
+    for module in model.modules():
+        for held in (vars(module), module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                cdata = StorageWeakRef(tensor.untyped_storage()).cdata
+                weights, own = owners.get(cdata, (None, None))
+                if weights and (module, name) != (weights.layer, own):
+                    raise ValueError(weights._shares(own))
+
+
+def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError for NaN or infinity in a bf16, fp16 or fp32 tensor, by its name."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinity, which cannot be quantized to MXFP8"
+        )
+
+
+def _copies_of(
+    loader: Callable, param: torch.nn.Parameter, loaded: torch.Tensor, *shard_id
+) -> List[_Copy]:
+    """What upstream's `loader` would copy into [N, K] `param`, which is not written."""
+    shape = torch.empty(param.shape, dtype=loaded.dtype, device="meta")
+    stand_in = torch.Tensor._make_subclass(type(param), shape)
+    vars(stand_in).update(vars(param))
+    with _Copies(stand_in) as copies:
+        loader(stand_in, loaded, *shard_id)
+    if not copies.made:
+        raise RuntimeError(f"{loader} does not copy what it loads")
+    return copies.made
+
+
+class _Copies(TorchFunctionMode):
+    """Notes what is copied into a tensor, or zeroed there, in place of doing it."""
+
+    def __init__(self, into: torch.Tensor) -> None:
+        super().__init__()
+        self._room = StorageWeakRef(into.untyped_storage())
+        self.made: List[_Copy] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.copy_, torch.Tensor.zero_):
+            target = args[0]
+            if StorageWeakRef(target.untyped_storage()) == self._room:
+                self.made.append((target, args[1] if len(args) > 1 else None))
+                return target
+        return function(*args, **(kwargs or {}))
+
+
 def _swizzled_hint(name: str, loaded: torch.Tensor, shape: torch.Size) -> str:
     if name == SCALE and loaded.numel() == swizzled_scale_numel(*shape):
         return ": it looks swizzled, and has to be linear"
     return ""
 
 
+def _scale_shape(weight: torch.Tensor) -> torch.Size:
+    """Of the scale of [N, K]."""
+    return torch.Size((*weight.shape[:-1], weight.shape[-1] // GROUP_SIZE))
+
+
 def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows of [N, K] in pieces whose arithmetic in fp32 stays within 64 MiB."""
-    step = max(1, MAX_TEMPORARY_BYTES // (32 * matrix.shape[1]))
+    step = max(1, MAX_TEMPORARY_BYTES // (32 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
