@@ -1,12 +1,16 @@
 #!/usr/bin/env python3
-"""Ask the model that a local server serves, and print its answer.
+"""Ask the model that a server serves, and print its answer.
 
-ask.py [--port PORT] QUESTION
+    ask.py [--url URL] QUESTION
+
+Needs the .venv that ./scripts/setup.sh makes, and a running server, as ./scripts/serve.sh
+starts one. Exits with 1 and one line on stderr where the server cannot answer.
 """
 
 import argparse
+import sys
 
-from openai import OpenAI
+from in_venv import run_in_venv
 
 
 def main() -> None:
@@ -14,15 +18,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("question")
-    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--url", default="http://127.0.0.1:30000")
     args = parser.parse_args()
-    client = OpenAI(base_url=f"http://127.0.0.1:{args.port}/v1", api_key="none")
-    completion = client.chat.completions.create(
-        model=client.models.list().data[0].id,
-        messages=[{"role": "user", "content": args.question}],
-        temperature=0,
-        max_tokens=256,
-    )
+    run_in_venv()
+    from openai import OpenAI, OpenAIError
+
+    client = OpenAI(base_url=f"{args.url}/v1", api_key="none", max_retries=0)
+    try:
+        completion = client.chat.completions.create(
+            model=client.models.list().data[0].id,
+            messages=[{"role": "user", "content": args.question}],
+            temperature=0,
+            max_tokens=256,
+        )
+    except OpenAIError as error:
+        sys.exit(f"ask.py: {args.url}: {error}")
     print(completion.choices[0].message.content)
 
 

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 setup
 get_default_model
-ensure_requirements requirements/coverage.txt
+ensure_requirements coverage.txt
 use_cpu_stand_ins
 work=$ROOT/.cache/coverage
 rm -rf "$work"

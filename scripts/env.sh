@@ -1,47 +1,89 @@
-# Sourced by the scripts beside it: the repository's root, and its `.venv`.
+# Sourced by the scripts beside it: uv, `.venv`, and the way to install into it once.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=$ROOT/.venv
 UV_VERSION=0.13.9
+
+# locked COMMAND...: runs COMMAND while no other process installs anything in this tree.
+# Within itself, also in scripts that COMMAND starts, it does not wait.
+locked() {
+    if [[ -n ${MXFP8_SETUP_LOCKED-} ]]; then
+        "$@"
+        return
+    fi
+    mkdir -p "$ROOT/.cache"
+    (
+        flock -n 9 || { echo "Waiting for another setup to finish" >&2; flock 9; }
+        export MXFP8_SETUP_LOCKED=1
+        "$@"
+    ) 9>"$ROOT/.cache/setup.lock"
+}
+
+# install_once NAME WANT COMMAND...: runs COMMAND, which installs into `.venv`, unless the last
+# one for NAME ended well and had the same WANT.
+install_once() {
+    is_installed "$1" "$2" || locked install_now "$@"
+}
+
+is_installed() {
+    [[ -x $VENV/bin/python && $(cat "$VENV/.$1-stamp" 2>/dev/null) == "$2" ]]
+}
+
+install_now() {
+    # Another process may have done it meanwhile.
+    ! is_installed "$1" "$2" || return 0
+    ensure_uv
+    ensure_venv
+    local stamp=$VENV/.$1-stamp reinstall=""
+    ! is_installed "$1" interrupted || reinstall=--reinstall
+    echo interrupted >"$stamp"
+    "${@:3}"
+    echo "$2" >"$stamp"
+}
+
+# Prints one hash of the names and contents of files and folders below the root.
+digest() {
+    (
+        cd "$ROOT"
+        find "$@" -type f -not -path '*/__pycache__/*' -print0 | LC_ALL=C sort -z |
+            xargs -0 sha256sum | sha256sum
+    )
+}
 
 # Finds uv, or installs it into a private virtual environment.
 ensure_uv() {
-    if command -v uv >/dev/null; then
-        UV=uv
-        return
-    fi
-    UV=$ROOT/.cache/uv/bin/uv
-    if [ ! -x "$UV" ]; then
-        echo "installing uv $UV_VERSION into .cache/uv" >&2
-        python3 -m venv "$ROOT/.cache/uv"
-        "$ROOT/.cache/uv/bin/python" -m pip install "uv==$UV_VERSION" >&2
-    fi
+    UV=$(command -v uv || echo "$ROOT/.cache/uv/bin/uv")
+    [[ -x $UV ]] || locked install_uv
+}
+
+install_uv() {
+    echo "Installing uv $UV_VERSION into .cache/uv" >&2
+    python3 -m venv "$ROOT/.cache/uv"
+    "$ROOT/.cache/uv/bin/python" -m pip install "uv==$UV_VERSION" >&2
 }
 
 # Makes `.venv`, with Python 3.11 or 3.12.
 ensure_venv() {
     local check='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
-    if ! "$ROOT/.venv/bin/python" -c "$check" 2>/dev/null; then
-        ensure_uv
-        "$UV" venv --clear --no-python-downloads --python '>=3.11,<3.13' "$ROOT/.venv" >&2
-    fi
+    "$VENV/bin/python" -c "$check" 2>/dev/null ||
+        "$UV" venv --clear --no-python-downloads --python '>=3.11,<3.13' "$VENV" >&2
 }
 
-# ensure_requirements FILE...: installs these requirement files into `.venv`, unless
-# their contents were the last ones installed.
+# ensure_requirements FILE [OPTION...]: installs a file of requirements/ into `.venv`, with
+# these options of `uv pip install`.
 ensure_requirements() {
-    ensure_venv
-    local file stamp
-    for file in "$@"; do
-        stamp=$ROOT/.venv/.installed-$(basename "$file")
-        if ! cmp -s "$file" "$stamp"; then
-            ensure_uv
-            "$UV" pip install --python "$ROOT/.venv/bin/python" -r "$file" >&2
-            cp "$file" "$stamp"
-        fi
-    done
+    install_once "$1" "$(digest "requirements/$1")" install_requirements "$@"
+}
+
+install_requirements() {
+    echo "Installing the packages of requirements/$1" >&2
+    # What an interrupted run left half installed looks installed: $reinstall.
+    # shellcheck disable=SC2086
+    "$UV" pip install --python "$VENV/bin/python" $reinstall "${@:2}" \
+        -r "$ROOT/requirements/$1" >&2
 }
 
 # What scripts/patchset needs.
 ensure_tools() {
-    ensure_requirements "$ROOT/requirements/tools.txt"
+    ensure_requirements tools.txt
 }

