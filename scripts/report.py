@@ -32,7 +32,6 @@ KEYS = ["case", "concurrency", "repeat"]
 COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900 #56b4e9".split()
 MARKERS = "oPsDv^X*"
 LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
-LOG_FROM = 20  # largest by smallest value from which an axis is logarithmic
 
 
 def load(folder: Path, pattern: str) -> pandas.DataFrame:
@@ -141,7 +140,7 @@ def draw(
         here = figures[figures.case == case]
         draw_servers(column[0], here, metric, labels)
         column[0].set(title=case, ylabel=title)
-        if here[metric].max() > LOG_FROM * here[metric].min() > 0:
+        if here[metric].max() > 20 * here[metric].min() > 0:
             column[0].set_yscale("log")
             column[0].yaxis.set_major_formatter("{x:g}")
         else:
@@ -179,7 +178,7 @@ def draw_servers(
             linewidth=0.8,
             label=text,
         )
-    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlim=(-0.6, len(ticks) - 0.4), xticks=range(len(ticks)), xticklabels=ticks)
     axes.grid(axis="y", color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -215,6 +214,7 @@ def write_report(folder: Path, base: str | None = None) -> Path:
     runs = {f"{repeat}-{name}" for repeat in figures.repeat for name in measured}
     parts = [f"# {environment['model']}, TP {environment['tp']}"]
     parts = [REHEARSAL, *parts] if environment["rehearse"] else parts
+    parts += ["Medians of the repeats; a ratio is made within one repeat before that."]
     parts += problems(folder, runs) or ["No run failed, and none lacks a file."]
     parts += [f"- {labels[name]}: {text or 'bf16'}" for name, text in runs_on.items()]
     parts += [f"![{metric}](plots/{metric}.png)" for metric in METRICS]
