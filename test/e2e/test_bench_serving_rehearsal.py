@@ -14,9 +14,9 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_serving.py"
 RUN = "1-flashinfer_trtllm_8x4"
 
 
-def start(results: Path, *arguments: str) -> subprocess.Popen:
+def start(results: Path) -> subprocess.Popen:
     grid = ["--servers", "flashinfer_trtllm_8x4", "--concurrency", "2"]
-    command = [sys.executable, SCRIPT, results, "--rehearse", *grid, *arguments]
+    command = [sys.executable, SCRIPT, results, "--rehearse", *grid]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
@@ -49,10 +49,6 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_ends_in_a_report(tmp_path):
     assert "the same command goes on from here" in told
     assert servers(results) == []
     made = first.stat().st_mtime_ns
-
-    other = start(results, "--questions", "2")
-    assert "questions: 3 there, 2 here" in other.communicate(timeout=120)[1]
-    assert other.returncode == 1
 
     session = start(results)
     told = session.communicate(timeout=800)[1]
