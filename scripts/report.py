@@ -1,383 +1,250 @@
 #!/usr/bin/env python3
-"""Turns a results folder of bench_serving_sm100.py into report.md with plots.
+"""Turn a results folder of bench_serving.py into report.md, figures.csv and plots.
 
-Every run is in the tables, whatever it says; runs that are missing or were interrupted
-are named. Written into the results folder: report.md, plots/*.png and plots/*.svg.
-
-    scripts/report.py RESULTS
+Every run is in figures.csv. The report shows medians of the repeats; a ratio is made
+within one repeat before its median is taken. What failed or is missing is named. Do not
+commit the logs and JSONL files: they name paths. Needs .venv (./scripts/setup.sh).
 """
 
 import argparse
-import math
-import statistics
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import importlib.util
+import json
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from evidence import Kernel, Results, ResultsError, Run, load_results
-from report_plots import BASELINES, REHEARSAL, kernel_name, write_plots
+from in_venv import run_in_venv
 
-BENCH_FIELDS = (
-    "completed",
-    "duration",
-    "request_throughput",
-    "input_throughput",
-    "output_throughput",
-    "total_throughput",
-    "mean_ttft_ms",
-    "median_ttft_ms",
-    "p99_ttft_ms",
-    "mean_tpot_ms",
-    "median_tpot_ms",
-    "p99_tpot_ms",
-    "median_itl_ms",
-    "p99_itl_ms",
-    "median_e2e_latency_ms",
-)
-Values = dict[str, dict[int, Sequence[float]]]  # by server and repeat
+if __name__ == "__main__" and importlib.util.find_spec("pandas") is None:
+    run_in_venv()
+
+import pandas
+from matplotlib import pyplot
+
+REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
+METRICS = {  # fields of bench_serving
+    "total_throughput": ("Throughput, in + out (tokens/s)", "more is better"),
+    "median_ttft_ms": ("Time to first token (ms)", "less is better"),
+    "median_tpot_ms": ("Time per output token (ms)", "less is better"),
+}
+BASES = ("bf16", "triton", "flashinfer_cutlass")
+KEYS = ["case", "concurrency", "repeat"]
+# Okabe and Ito's, for the colour-blind, with a darker yellow.
+COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900 #56b4e9".split()
+MARKERS = "oPsDv^X*"
+LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 
 
-class Metric(NamedTuple):
-    """A field of bench_serving, and what it is."""
-
-    field: str
-    title: str
-
-
-METRICS = (
-    Metric("total_throughput", "Throughput, input + output, tokens/s (more is better)"),
-    Metric("median_ttft_ms", "Time to first token, median, ms (less is better)"),
-    Metric("p99_ttft_ms", "Time to first token, p99, ms (less is better)"),
-    Metric("median_tpot_ms", "Time per output token, median, ms (less is better)"),
-)
-
-
-def write_report(results: Results) -> Path:
-    """Write the report and its plots into the results folder; returns report.md."""
-    plots = write_plots(results, results.path / "plots")
-    path = results.path / "report.md"
-    path.write_text(markdown(results, plots))
-    return path
-
-
-def markdown(results: Results, plots: Sequence[str]) -> str:
-    """The report. `plots` are the names of the files in plots/, without their suffix."""
-    sections = [
-        ("", head(results)),
-        ("What was run", what_was_run(results)),
-        ("Serving", serving(results, plots)),
-        ("Accuracy: GSM8K", accuracy(results)),
-        ("Weight updates", updates(results, plots)),
-        ("Kernels", kernels(results, plots)),
-    ]
-    parts = [f"## {title}\n\n{text}" if title else text for title, text in sections]
-    text = "\n\n".join(parts)
-    return (f"{REHEARSAL}\n\n{text}" if results.plan.rehearsal else text) + "\n"
-
-
-def head(results: Results) -> str:
-    plan, revision = results.plan, results.plan.revision
-    planned = plan.repeats * len(plan.servers)
-    missing = ", ".join(f"`{name}`" for name in results.missing) or "none"
-    kept = ", ".join(f"`{name}`" for name in interrupted(results)) or "none"
-    changes = ", with uncommitted changes" if revision.dirty else ""
-    return f"""\
-# MXFP8 serving: {plan.model}, TP {plan.tp}
-
-- Runs: {len(results.runs)} of {planned} are complete, and every one of them is shown
-- Missing: {missing}
-- Interrupted, and kept beside them without being counted: {kept}
-- Revision: {revision.git}{changes}; wheel {revision.wheel}
-- Repeats: {plan.repeats}, the servers in another order each time; ratios are of medians"""
-
-
-def interrupted(results: Results) -> list[str]:
-    """The folders of attempts that were cut off."""
-    return sorted(p.name for p in (results.path / "runs").glob("*.interrupted-*"))
-
-
-def what_was_run(results: Results) -> str:
-    return "\n\n".join(
-        [
-            "### Machines",
-            environments(results),
-            "### Launches",
-            launches(results),
-        ]
-    )
-
-
-def environments(results: Results) -> str:
-    """A row for each session that measured."""
+def load(folder: Path, pattern: str) -> pandas.DataFrame:
+    """A row for each file of a run: server, repeat, file, and the numbers in it."""
     rows = []
-    for index, found in enumerate(results.environments):
-        gpus = [
-            f"{gpu.name}, driver {gpu.driver}, {gpu.memory_mib or '?'} MiB, SM "
-            f"{gpu.sm_clock_mhz or '?'} MHz, memory {gpu.mem_clock_mhz or '?'} MHz, "
-            f"{gpu.power_limit_w or '?'} W"
-            for gpu in found.gpu
-        ]
-        versions = [f"{name} {found.versions[name]}" for name in sorted(found.versions)]
-        software = f"Python {found.python}; CUDA {found.cuda}; {', '.join(versions)}"
-        rows.append(
-            [
-                *(index, found.started, "<br>".join(gpus) or "no GPU"),
-                *(f"{found.cpu}, {found.cores} cores", software, f"`{found.command}`"),
-            ]
-        )
-    header = ["", "started", "GPUs, clocks as found", "CPU", "software", "command"]
-    return table(header, rows)
+    for path in sorted(folder.glob(f"*-*/{pattern}")):
+        repeat, _, server = path.parent.name.partition("-")
+        told = json.loads(path.read_text())
+        kept = {k: v for k, v in told.items() if isinstance(v, (int, float, list))}
+        row = {"server": server, "repeat": int(repeat), "file": path.name}
+        rows.append(kept | row)
+    return pandas.DataFrame(rows)
 
 
-def launches(results: Results) -> str:
-    rows = [
-        [
-            *(f"`{run.path.name}`", run.launch.environment, run.launch.started),
-            *(number(run.launch.ready_s), code(run.launch.flags)),
-            code(f"{k}={v}" for k, v in run.launch.env.items()),
-            run.launch.routing or "-",
-        ]
-        for run in results.runs
-    ]
-    rows += [[f"`{name}`", "missing", *["-"] * 5] for name in results.missing]
-    header = ["run", "machine", "started", "ready after s", "flags", "environment"]
-    return table([*header, "what its log says of MXFP8 layers"], rows)
+def load_figures(folder: Path) -> pandas.DataFrame:
+    """A row for each file of bench_serving, with its case and concurrency."""
+    figures = load(folder, "*-c*.jsonl")
+    if figures.empty:
+        raise SystemExit(f"report.py: {folder} has no figure of bench_serving yet")
+    parts = figures.file.str.extract(r"(?P<case>.*)-c(?P<concurrency>\d+)\.jsonl")
+    # bench_serving's own `concurrency` is what it reached.
+    figures = figures.assign(case=parts.case, concurrency=parts.concurrency.astype(int))
+    return figures.sort_values("concurrency", kind="stable", ignore_index=True)
 
 
-def code(words: Iterable[str]) -> str:
-    text = " ".join(words)
-    return f"`{text}`" if text else "-"
+def add_ratios(figures: pandas.DataFrame, base: str) -> None:
+    """Add METRIC_ratio: each run by `base`'s in the same repeat, NaN where that lacks."""
+    bases = figures[figures.server == base].set_index(KEYS)
+    index = pandas.MultiIndex.from_frame(figures[KEYS])
+    for metric in METRICS:
+        divisors = bases[metric].reindex(index).to_numpy()
+        figures[f"{metric}_ratio"] = figures[metric] / divisors
 
 
-def serving(results: Results, plots: Sequence[str]) -> str:
-    """Plots, a table for each case and metric, and every other figure of every run."""
-    parts = [picture("throughput", plots), picture("ttft", plots)]
-    for case in results.plan.cases:
-        title = f"{case.name}: {case.input_len} tokens in, {case.output_len} out"
-        parts.append(f"### {title}")
-        for metric in METRICS:
-            parts += [f"**{metric.title}**", metric_table(results, case.name, metric)]
-    parts.append(folded("Everything that every run says", every_run(results)))
-    return "\n\n".join(filter(None, parts))
+def routing(folder: Path, server: str) -> str:
+    """What the server's logs say that its MXFP8 layers run on, or ""."""
+    logs = [log.read_text() for log in sorted(folder.glob(f"*-{server}/server-*.log"))]
+    return (re.findall("MXFP8 linear layers: (.*)", "\n".join(logs)) or [""])[-1]
 
 
-def metric_table(results: Results, case: str, metric: Metric) -> str:
-    """A metric of one case: rows by concurrency and server, every run in a column."""
-
-    def values(run: Run, concurrency: int) -> Sequence[float]:
-        return (getattr(run.bench[case, concurrency], metric.field),)
-
-    rows = []
-    for c in results.plan.concurrencies:
-        found = by_server(results, lambda run, c=c: values(run, c))
-        rows += [[c, *row] for row in comparison(found, results.plan.repeats)]
-    return table(["concurrency", *comparison_header(results.plan.repeats)], rows)
+def label(name: str, server: dict, runs_on: str) -> str:
+    """The server's name, and what it promises although no layer uses it."""
+    backend, layout = server["backend"], server["env"].get(LAYOUT)
+    promised = {backend: f" on {backend}", layout: f", {layout} scales"}
+    for word in (backend, layout):
+        if word not in (None, "auto") and promised[word] not in runs_on:
+            return f"{name} (no layer uses {word})"
+    return name
 
 
-def by_server(results: Results, values: Callable[[Run], Sequence[float]]) -> Values:
-    found: Values = {server.name: {} for server in results.plan.servers}
-    for run in results.runs:
-        found[run.launch.server][run.launch.repeat] = values(run)
-    return found
-
-
-def comparison_header(repeats: int) -> list[str]:
-    runs = [f"run {repeat}" for repeat in range(1, repeats + 1)]
-    return ["server", *runs, "median", "min..max", *(f"/ {b}" for b in BASELINES)]
-
-
-def comparison(found: Values, repeats: int) -> Iterator[list[str]]:
-    """For each server: each run, the median, the spread, and the ratio to baselines."""
-    medians = {name: median(flat(runs)) for name, runs in found.items()}
-    for name, runs in found.items():
-        cells = [
-            ", ".join(map(number, runs[repeat])) if repeat in runs else "missing"
-            for repeat in range(1, repeats + 1)
-        ]
-        yield [name, *cells, number(medians[name]), spread(flat(runs))] + [
-            ratio(medians[name], medians.get(base)) for base in BASELINES
-        ]
-
-
-def flat(runs: dict[int, Sequence[float]]) -> list[float]:
-    return [value for repeat in sorted(runs) for value in runs[repeat]]
-
-
-def every_run(results: Results) -> str:
-    rows = [
-        [
-            *(f"`{run.path.name}`", case, concurrency),
-            *(number(getattr(bench, field)) for field in BENCH_FIELDS),
-        ]
-        for run in results.runs
-        for (case, concurrency), bench in run.bench.items()
-    ]
-    return table(["run", "case", "concurrency", *BENCH_FIELDS], rows)
-
-
-def accuracy(results: Results) -> str:
-    """GSM8K by run. Repeats ask the same questions, so they are not added up."""
-    plan = results.plan.gsm8k
-    if plan is None:
-        return "Not planned."
-    rows = []
-    for run in results.runs:
-        got = run.gsm8k
-        error = binomial_error(got.correct, got.questions)
-        rows.append(
-            [
-                *(run.launch.server, run.launch.repeat),
-                f"{got.correct} of {got.questions}",
-                f"{got.correct / got.questions:.3f} ± {error:.3f}",
-                *(got.invalid, number(got.seconds)),
-            ]
-        )
-    rows.sort(key=lambda row: [s.name for s in results.plan.servers].index(row[0]))
-    header = ["server", "run", "correct", "accuracy ± standard error"]
-    asked = (
-        f"{plan.questions} questions of {plan.file}, {plan.shots} shots. The error is "
-        "binomial, of one run: sqrt(p (1 - p) / n). All runs ask the same questions."
-    )
-    return f"{asked}\n\n{table([*header, 'without an answer', 'seconds'], rows)}"
-
-
-def binomial_error(correct: int, questions: int) -> float:
-    """The standard error of the share of `correct` answers among `questions`."""
-    share = correct / questions
-    return math.sqrt(share * (1 - share) / questions)
-
-
-def updates(results: Results, plots: Sequence[str]) -> str:
-    if not results.plan.updates:
-        return "Not planned."
-    found = by_server(results, lambda run: run.updates)
-    repeats = results.plan.repeats
-    rows = list(comparison(found, repeats))
-    text = (
-        f"`/update_weights_from_disk` of the whole model, seconds, "
-        f"{results.plan.updates} in each run (less is better)."
-    )
-    parts = [text, picture("updates", plots), table(comparison_header(repeats), rows)]
-    return "\n\n".join(filter(None, parts))
-
-
-def kernels(results: Results, plots: Sequence[str]) -> str:
-    """Every kernel by shape, beside this device's copy and bf16 products."""
-    rows = results.kernels
-    if not rows:
-        return "Not measured: kernels.jsonl is missing."
-    devices = ", ".join(dict.fromkeys(row.device for row in rows))
-    parts = [
-        f"`bench_mxfp8_linear.py` on {devices}. {KERNEL_NOTE}",
-        *(picture(f"kernel-{part}", plots) for part in ("linear", "gemm", "quantize")),
-    ]
-    absent = sorted(set(KERNELS) - {kernel_name(row) for row in rows})
-    if absent:
-        parts.append(f"Not measured: {', '.join(absent)}.")
-    for n, k in dict.fromkeys((row.n, row.k) for row in rows):
-        here = [row for row in rows if (row.n, row.k) == (n, k)]
-        title = f"[N, K] = [{n}, {k}]" if n else "Copy"
-        parts.append(folded(title, kernel_table(here, *peaks(rows))))
-    return "\n\n".join(filter(None, parts))
-
-
-KERNEL_NOTE = (
-    "CUDA graphs, weights out of the L2 cache; emulated on the CPU in a rehearsal. The "
-    "peaks are the copy's GB/s and the fastest bf16 product's TFLOP/s. Every repetition "
-    "is in kernels.jsonl; in a plot, a bar is the range of more than ten."
-)
-KERNELS = (*BASELINES, "flashinfer_trtllm_8x4", "flashinfer_trtllm_128x4")
-
-
-def peaks(rows: Iterable[Kernel]) -> tuple[float, float]:
-    """GB/s of the fastest copy, and TFLOP/s of the fastest bf16 product; 0 without."""
-    rows = list(rows)
-    copies = [row.bytes / median(row.us) / 1e3 for row in rows if row.part == "copy"]
-    products = [
-        row.flops / median(row.us) / 1e6 for row in rows if row.part == "bf16_gemm"
-    ]
-    return max(copies, default=0.0), max(products, default=0.0)
-
-
-def kernel_table(rows: Sequence[Kernel], copy: float, product: float) -> str:
-    medians = {(row.part, row.m, kernel_name(row)): median(row.us) for row in rows}
+def problems(folder: Path, runs: set[str]) -> list[str]:
+    """Why runs failed, and the files that a run lacks although others have them."""
     lines = []
-    for row in sorted(rows, key=lambda row: row.m):
-        us = median(row.us)
-        gbs = row.bytes / us / 1e3 if row.bytes else None
-        tflops = row.flops / us / 1e6 if row.flops else None
-        bases = [medians.get((row.part, row.m, base)) for base in BASELINES]
-        lines.append(
-            [
-                *(row.m if row.n else "", row.part, kernel_name(row), len(row.us)),
-                *(number(us), spread(row.us)),
-                *(number(gbs), percent(gbs, copy)),
-                *(number(tflops), percent(tflops, product)),
-                *(ratio(us, base) for base in bases),
-            ]
-        )
-    header = ["M", "part", "kernel", "repetitions", "median us", "min..max us", "GB/s"]
-    header += ["of the copy's", "TFLOP/s", "of bf16's peak"]
-    return table([*header, *(f"/ {base}" for base in BASELINES)], lines)
+    for failed in sorted(folder.glob("*-*/failed.txt")):
+        told = [x for x in failed.read_text().splitlines() if "REHEARSAL" not in x]
+        lines.append(f"- `{failed.parent.name}` failed: {told[0]}")
+    files = {path.name for path in folder.glob("*-*/*.json*") if path.suffix != ".log"}
+    for run in sorted(runs):
+        if lacks := sorted(f for f in files if not (folder / run / f).exists()):
+            lines.append(f"- `{run}` lacks {', '.join(lacks)}")
+    return lines
 
 
-def median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def number(value: float | None) -> str:
-    """Four digits, without an exponent; "-" for None."""
-    if value is None:
-        return "-"
+def number(value: float) -> str:
+    """Four digits, without an exponent."""
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{number(min(values))}..{number(max(values))}" if values else "-"
+def table(rows: pandas.DataFrame) -> str:
+    return rows.fillna("").to_markdown(index=False, disable_numparse=True)
 
 
-def ratio(value: float | None, base: float | None) -> str:
-    return f"{value / base:.2f}" if value is not None and base else "-"
+def serving_table(figures: pandas.DataFrame, base: str | None) -> str:
+    """By concurrency and server: medians of the repeats."""
+    grouped = figures.groupby(["concurrency", "server"], sort=False)
+    columns = {}
+    for metric, (title, _) in METRICS.items():
+        columns[title] = grouped[metric].median().map(number)
+        if base:
+            ratio = grouped[f"{metric}_ratio"].median().map("{:.3f}".format)
+            columns[f"{title.split(' (')[0]} / {base}"] = ratio.replace("nan", "")
+    return table(pandas.DataFrame(columns).reset_index())
 
 
-def percent(value: float | None, of: float) -> str:
-    return f"{value / of:.0%}" if value is not None and of else "-"
+def updated_table(updated: pandas.DataFrame) -> str:
+    """By run: the updates' seconds, and GSM8K with the binomial error of one run."""
+    rows = updated[["server", "repeat"]].copy()
+    rows["updates from disk (s)"] = [" ".join(map(number, s)) for s in updated.update_s]
+    if "accuracy" in updated:
+        share = updated.accuracy
+        error = (share * (1 - share) / updated.questions) ** 0.5
+        rows["GSM8K ± error"] = [f"{s:.3f} ± {e:.3f}" for s, e in zip(share, error)]
+        rows["without an answer"] = updated.invalid.map(number)
+        rows["questions"] = updated.questions.map(number)
+    return table(rows)
 
 
-def picture(name: str, plots: Sequence[str]) -> str:
-    if name not in plots:
-        return ""
-    return f"![{name}](plots/{name}.png)\n\n[{name}.svg](plots/{name}.svg)"
+def draw(
+    figures: pandas.DataFrame, metric: str, labels: dict, base: str | None
+) -> pyplot.Figure:
+    """A column for each case: the metric, and below it its ratio to `base`."""
+    cases, (title, better) = figures.case.unique(), METRICS[metric]
+    figure = pyplot.figure(figsize=(13, 9 if base else 5), layout="constrained")
+    panels = figure.subplots(2 if base else 1, len(cases), squeeze=False)
+    for column, case in zip(panels.T, cases):
+        here = figures[figures.case == case]
+        draw_servers(column[0], here, metric, labels)
+        column[0].set(title=case, ylabel=title)
+        if here[metric].max() > 20 * here[metric].min() > 0:
+            column[0].set_yscale("log")
+            column[0].yaxis.set_major_formatter("{x:g}")
+        else:
+            column[0].set_ylim(0, 1.08 * here[metric].max())
+        if base:
+            ratio = here[f"{metric}_ratio"]
+            draw_servers(column[1], here, ratio.name, labels)
+            column[1].axhline(1, color="black", linewidth=1.2)
+            # So that 2 % look like 2 %.
+            column[1].set_ylim(
+                min(0.8, 0.95 * ratio.min()), max(1.25, 1.05 * ratio.max())
+            )
+            column[1].set_ylabel(f"Ratio to {base} ({better})")
+        column[-1].set_xlabel("Concurrency (requests)")
+    handles = panels[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
 
 
-def folded(title: str, text: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+def draw_servers(
+    axes: pyplot.Axes, figures: pandas.DataFrame, field: str, labels: dict
+) -> None:
+    """Each server's median and range, side by side at each concurrency."""
+    ticks = sorted(figures.concurrency.unique())
+    for style, (server, text) in enumerate(labels.items()):
+        own = figures[figures.server == server].groupby("concurrency")[field]
+        middle = own.median()
+        shift = 0.7 * ((style + 0.5) / len(labels) - 0.5)
+        axes.errorbar(
+            [ticks.index(c) + shift for c in middle.index],
+            middle,
+            yerr=[middle - own.min(), own.max() - middle],
+            color=COLORS[style % len(COLORS)],
+            marker=MARKERS[style % len(MARKERS)],
+            linewidth=0.8,
+            label=text,
+        )
+    axes.set(xlim=(-0.6, len(ticks) - 0.4), xticks=range(len(ticks)), xticklabels=ticks)
+    axes.grid(axis="y", color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table; what would break it is escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+def write_plots(folder: Path, figures: pandas.DataFrame, *drawn) -> None:
+    (folder / "plots").mkdir(exist_ok=True)
+    for metric in METRICS:
+        figure = draw(figures, metric, *drawn)
+        if figures.rehearsal.any():
+            figure.suptitle(REHEARSAL, weight="bold")
+        figure.savefig(folder / "plots" / f"{metric}.png", dpi=120)
+        pyplot.close(figure)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, help="what bench_serving_sm100.py filled")
-    path = parser.parse_args().results
-    if not path.is_dir():
-        parser.error(f"{path} is no folder")
-    try:
-        results = load_results(path)
-    except ResultsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if results.missing:
-        print(f"Not complete, and named so: {', '.join(results.missing)}")
-    print(f"Wrote {write_report(results)}")
-    return 0
+def write_report(folder: Path, base: str | None = None) -> Path:
+    """Write report.md, figures.csv and plots/ into `folder`; returns report.md."""
+    environment = json.loads((folder / "environment.json").read_text())
+    servers = environment["all_servers"]
+    figures, updated = load_figures(folder), load(folder, "updated.json")
+    measured = [name for name in servers if (figures.server == name).any()]
+    base = base or next((name for name in BASES if name in measured), None)
+    if base not in measured or len(measured) == 1:
+        base = None
+    if base:
+        add_ratios(figures, base)
+    figures.insert(0, "rehearsal", environment["rehearse"])
+    figures.to_csv(folder / "figures.csv", index=False)
+    runs_on = {name: routing(folder, name) for name in measured}
+    labels = {
+        name: label(name, servers[name], f" {runs_on[name]}") for name in measured
+    }
+    write_plots(folder, figures, labels, base)
+    runs = {f"{repeat}-{name}" for repeat in figures.repeat for name in measured}
+    parts = [f"# {environment['model']}, TP {environment['tp']}"]
+    parts = [REHEARSAL, *parts] if environment["rehearse"] else parts
+    parts += ["Medians of the repeats; a ratio is made within one repeat before that."]
+    parts += problems(folder, runs) or ["No run failed, and none lacks a file."]
+    parts += [f"- {labels[name]}: {text or 'bf16'}" for name, text in runs_on.items()]
+    parts += [f"![{metric}](plots/{metric}.png)" for metric in METRICS]
+    for case, (tokens_in, tokens_out) in environment["cases"].items():
+        here = figures[figures.case == case].replace({"server": labels})
+        parts += [f"## {case}: {tokens_in} tokens in, {tokens_out} out"]
+        parts += [serving_table(here, base)]
+    if not updated.empty:
+        parts += ["## Weight updates and accuracy", updated_table(updated)]
+    parts += [
+        "## Machine and settings",
+        f"```\n{json.dumps(environment, indent=1)}\n```",
+    ]
+    (folder / "report.md").write_text("\n\n".join(parts) + "\n")
+    return folder / "report.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, help="what bench_serving.py filled")
+    parser.add_argument(
+        "--base", help=f"of the ratios (default: of {', '.join(BASES)})"
+    )
+    args = parser.parse_args()
+    if not (args.results / "environment.json").is_file():
+        parser.error(f"{args.results} has no environment.json of bench_serving.py")
+    print(f"Wrote {write_report(args.results, args.base)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
