@@ -89,14 +89,11 @@ def summary(counts: Counter) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in words)
 
 
-def run_tests(file: str, report: Path, log: Path, timeout: float) -> int | None:
-    """Run a file and end what it started; its exit status, None where it hung."""
-    folder, name = os.path.split(file)
-    command = [sys.executable, *XMLRUNNER, "-s", folder, "-p", name]
-    command += ["--output-file", str(report)]
+def run_process(command: list[str], log: Path, timeout: float, **options) -> int | None:
+    """Run a command and end what it started; its exit status, None where it hung."""
     with log.open("w") as output, open(os.devnull) as nothing:
-        files = dict(stdin=nothing, stdout=output, stderr=output)
-        process = subprocess.Popen(command, process_group=0, **files)
+        options |= dict(stdin=nothing, stdout=output, stderr=output)
+        process = subprocess.Popen(command, process_group=0, **options)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -128,11 +125,12 @@ def run_file(file: str, args: argparse.Namespace) -> Counter:
     log = report.with_suffix(".log")
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    status = run_tests(file, report, log, args.timeout_per_file)
+    folder, name = os.path.split(file)
+    command = [sys.executable, *XMLRUNNER, "-s", folder, "-p", name]
+    command += ["--output-file", str(report)]
+    status = run_process(command, log, args.timeout_per_file)
     if problem := find_problem(status, read_cases(report)):
-        case = (
-            f"<testcase classname={quoteattr(Path(file).name)} name='the whole file'>"
-        )
+        case = f"<testcase classname={quoteattr(name)} name='the whole file'>"
         report.write_text(f"{case}<error message={quoteattr(problem)}/></testcase>")
     cases = read_cases(report)
     print(summary(count(cases)), flush=True)
