@@ -4,7 +4,8 @@
 Times flashinfer_mxfp8_blockscaled_linear of the installed sglang and the function of the
 same name in upstream's 0.5.10.post1 wheel, in processes that alternate, on the CPU with
 FlashInfer's mxfp8_quantize and mm_mxfp8 replaced by the same two stubs: what is left is
-Python and torch's dispatcher. The first run installs the wheel into .cache. Needs .venv.
+Python and torch's dispatcher. Needs .venv, and network for the first run, which installs
+the wheel into .cache.
 
     ./benchmark/kernels/quantization/bench_mxfp8_host_overhead.py --output FILE
     ./benchmark/kernels/quantization/bench_mxfp8_host_overhead.py --check
@@ -36,28 +37,25 @@ UPSTREAM_DIR = timing.ROOT / ".cache" / f"sglang-{UPSTREAM}"
 N, K = 4096, 4096
 CALLS, ROUNDS, TURNS = 200, 40, 5  # calls a timing, timings a case, processes a side
 TARGET = 0.5
-SHAPES = (1, K), (1, 1, K), (64, K), (2, 32, K)  # of the input
 BACKENDS = "flashinfer_trtllm", "flashinfer_cutlass"
+SHAPES = (1, K), (1, 1, K), (64, K), (2, 32, K)  # of the input
 CASES = [(backend, shape) for backend in BACKENDS for shape in SHAPES]
 METHOD = (
-    "CPU time of the calling thread per call, eager, bf16 input, "
-    f"N = {N}, K = {K}, no bias, under `torch.inference_mode()`; the stubs return tensors "
-    "made before. Everything else of both functions runs, upstream's custom ops through "
-    f"torch's dispatcher included. {TURNS} processes a side, alternating, each with "
-    f"{ROUNDS} timings of {CALLS} calls: the ratios of the medians. Times of a CPU say "
-    "nothing about another's, so only ratios stand here."
+    f"CPU time of the calling thread per call, eager, bf16 input, N = {N}, K = {K}, no "
+    "bias, under `torch.inference_mode()`; the stubs return tensors made before, and the "
+    "rest of both functions runs, upstream's custom ops through torch's dispatcher "
+    f"included. {TURNS} processes a side, alternating, each with {ROUNDS} timings of "
+    f"{CALLS} calls: the ratios of the medians. Times of a CPU say nothing about another's."
 )
 
 
 class Stubs:
     """FlashInfer's quantizer and GEMM: they return tensors and compute nothing."""
 
-    calls = 0
-
     def prepare(self, m: int) -> None:
         scale = torch.empty(-(-m // 128) * 128 * K // 32, dtype=torch.uint8)
         self.quantized = torch.empty(m, K, dtype=torch.float8_e4m3fn), scale
-        self.output = torch.empty(m, N, dtype=torch.bfloat16)
+        self.output, self.calls = torch.empty(m, N, dtype=torch.bfloat16), 0
 
     def mxfp8_quantize(self, input, **options):
         self.calls += 1
@@ -68,37 +66,29 @@ class Stubs:
         return self.output
 
 
-def our_linears() -> Callable[[str], Callable]:
-    """By backend, the function that a layer of this shape gets, made as the layer does."""
+def our_linear(backend: str) -> Callable:
+    """The function that a layer of this shape gets, made as the layer does."""
     from sglang.srt.layers.quantization import fp8_utils, mxfp8_routing
 
     # The stubs run anywhere; what wraps the kernels is ours, and is timed.
     fp8_utils.mxfp8_kernels_missing = lambda backend: ""
-
-    def get_linear(flag: str) -> Callable:
-        wanted = mxfp8_routing.Mxfp8LinearBackend(flag)
-        options = mxfp8_routing.Mxfp8LinearOptions(wanted, available=(wanted,))
-        select = mxfp8_routing.select_mxfp8_linear_backend
-        choice = select(options, N, K, torch.bfloat16)
-        return fp8_utils.dispatch_w8a8_mxfp8_linear(choice)
-
-    return get_linear
+    wanted = mxfp8_routing.Mxfp8LinearBackend(backend)
+    options = mxfp8_routing.Mxfp8LinearOptions(wanted, available=(wanted,))
+    select = mxfp8_routing.select_mxfp8_linear_backend
+    return fp8_utils.dispatch_w8a8_mxfp8_linear(select(options, N, K, torch.bfloat16))
 
 
-def upstreams_linears() -> Callable[[str], Callable]:
-    """By backend, upstream's function, with the global that its server sets.
-
-    Its module defines the FlashInfer ops only on a Blackwell GPU, and registers ops for
-    CUDA. So it is loaded once more as on such a GPU, and its ops get the CPU as well.
-    """
+def load_upstream() -> None:
+    """Give upstream's module its FlashInfer ops, which it defines on a Blackwell GPU and
+    registers for CUDA: load it once more as on such a GPU, and give its ops the CPU."""
     from sglang.srt import utils
     from sglang.srt.layers.quantization import fp8_utils
     from sglang.srt.utils import common
 
     register_for_cuda = common.direct_register_custom_op
 
-    def register(op_name: str, op_func: Callable, **kwargs) -> None:
-        register_for_cuda(op_name=op_name, op_func=op_func, **kwargs)
+    def register(op_name: str, op_func: Callable, **options) -> None:
+        register_for_cuda(op_name=op_name, op_func=op_func, **options)
         common.sglang_lib.impl(op_name, op_func, "CPU")
 
     with (
@@ -108,65 +98,63 @@ def upstreams_linears() -> Callable[[str], Callable]:
     ):
         importlib.reload(fp8_utils)
 
-    def get_linear(flag: str) -> Callable:
-        server_args = SimpleNamespace(fp8_gemm_runner_backend=flag)
-        fp8_utils.initialize_fp8_gemm_config(server_args)
-        return fp8_utils.flashinfer_mxfp8_blockscaled_linear
 
-    return get_linear
+def upstreams_linear(backend: str) -> Callable:
+    """Upstream's function, with the global that its server sets."""
+    from sglang.srt.layers.quantization import fp8_utils
+
+    server_args = SimpleNamespace(fp8_gemm_runner_backend=backend)
+    fp8_utils.initialize_fp8_gemm_config(server_args)
+    return fp8_utils.flashinfer_mxfp8_blockscaled_linear
 
 
-def layer_arguments(backend: str, shape: tuple, side: str) -> dict:
-    """What a layer passes, with the parameters as each side keeps them."""
-    scale = torch.zeros(N, K // 32, dtype=torch.uint8)
-    if side == "upstream" and backend == "flashinfer_cutlass":
-        scale = scale.view(-1)  # as FlashInfer's block_scale_interleave returns it
+def seconds_per_call(
+    linear: Callable, stubs: Stubs, shape: tuple, is_1d: bool
+) -> float:
+    """Median of a layer's calls with an input of this shape; `is_1d`: the weight's scale.
+    AssertionError unless a call runs each stub once and returns the GEMM's output."""
     weight = torch.zeros(N, K, dtype=torch.float8_e4m3fn)
-    return dict(
-        input=torch.zeros(shape, dtype=torch.bfloat16),
-        weight=torch.nn.Parameter(weight, requires_grad=False),
-        weight_scale=torch.nn.Parameter(scale, requires_grad=False),
-        input_scale=None,
-        bias=None,
-    )
-
-
-def check_call(linear: Callable, stubs: Stubs, arguments: dict) -> None:
-    """A call runs each stub once and returns the GEMM's output, shaped as the input."""
-    linear(**arguments)  # the first call may import and cache
-    stubs.calls, shape = 0, (*arguments["input"].shape[:-1], N)
-    output = linear(**arguments)
-    is_kernels = stubs.calls == 2 and output.data_ptr() == stubs.output.data_ptr()
-    if not is_kernels or output.shape != shape:
-        raise AssertionError(f"{stubs.calls} calls of kernels, {list(output.shape)}")
+    scale = torch.zeros(N, K // 32, dtype=torch.uint8)
+    parameters = [
+        torch.nn.Parameter(each, requires_grad=False)
+        for each in (weight, scale.view(-1) if is_1d else scale)
+    ]
+    with torch.inference_mode():
+        stubs.prepare(math.prod(shape[:-1]))
+        names = "input", "weight", "weight_scale", "input_scale", "bias"
+        input = torch.zeros(shape, dtype=torch.bfloat16)
+        arguments = dict(zip(names, (input, *parameters, None, None)))
+        output = linear(**arguments)
+        is_kernels = output.data_ptr() == stubs.output.data_ptr()
+        if stubs.calls != 2 or not is_kernels or output.shape != (*shape[:-1], N):
+            raise AssertionError(f"{stubs.calls} calls, output {list(output.shape)}")
+        # CPU time, which other processes on the machine leave alone.
+        timer = timeit.Timer(lambda: linear(**arguments), timer=time.thread_time)
+        return statistics.median(timer.repeat(ROUNDS, CALLS)) / CALLS
 
 
 def work(side: str) -> None:
-    """Print sglang's version, and the median seconds of a call for each case, as JSON."""
+    """Print sglang's version, and the seconds per call of each case, as JSON."""
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what imports print
     import flashinfer
 
     import sglang
 
-    if Path(sglang.__file__).is_relative_to(UPSTREAM_DIR) != (side == "upstream"):
+    is_upstreams = side == "upstream"
+    if Path(sglang.__file__).is_relative_to(UPSTREAM_DIR) != is_upstreams:
         raise AssertionError(f"{side} is {sglang.__file__}")
     stubs = Stubs()
     flashinfer.mxfp8_quantize = stubs.mxfp8_quantize
     flashinfer.mm_mxfp8 = stubs.mm_mxfp8
-    get_linear = our_linears() if side == "ours" else upstreams_linears()
+    if is_upstreams:
+        load_upstream()
     seconds = []
     for backend, shape in CASES:
-        arguments = layer_arguments(backend, shape, side)
-        linear = get_linear(backend)
-        with torch.inference_mode():
-            stubs.prepare(math.prod(shape[:-1]))
-            arguments["input"] = torch.zeros(shape, dtype=torch.bfloat16)
-            check_call(linear, stubs, arguments)
-            # CPU time, which other processes on the machine leave alone.
-            timer = timeit.Timer(lambda: linear(**arguments), timer=time.thread_time)
-            taken = timer.repeat(ROUNDS, CALLS)
-        seconds.append(statistics.median(taken) / CALLS)
+        linear = upstreams_linear(backend) if is_upstreams else our_linear(backend)
+        # As FlashInfer's block_scale_interleave returns it.
+        is_1d = is_upstreams and backend == "flashinfer_cutlass"
+        seconds.append(seconds_per_call(linear, stubs, shape, is_1d))
     print(json.dumps([sglang.__version__, seconds]), file=answer)
 
 
@@ -175,7 +163,6 @@ def install_upstream() -> None:
     if UPSTREAM_DIR.exists():
         return
     uv = os.environ.get("UV") or shutil.which("uv") or timing.ROOT / ".cache/uv/bin/uv"
-    UPSTREAM_DIR.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=UPSTREAM_DIR.parent) as folder:
         command = [uv, "pip", "install", "--no-deps", "--require-hashes", "-r", "-"]
         command += ["--python", sys.executable, "--target", f"{folder}/target"]
@@ -187,9 +174,8 @@ def install_upstream() -> None:
 def run_side(side: str) -> list:
     """What `work` prints in a process of its own, without a GPU."""
     path = [str(UPSTREAM_DIR)] if side == "upstream" else []
-    path += [str(timing.ROOT / "scripts/cpu_stand_ins"), os.environ.get("PYTHONPATH")]
-    changes = dict(CUDA_VISIBLE_DEVICES="", SGLANG_USE_CPU_ENGINE="1")
-    changes["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    path += filter(None, [os.environ.get("PYTHONPATH")])
+    changes = dict(CUDA_VISIBLE_DEVICES="", PYTHONPATH=os.pathsep.join(path))
     command = [sys.executable, "-W", "ignore", __file__, "--side", side]
     environment = {**os.environ, **changes}
     return json.loads(subprocess.check_output(command, env=environment, text=True))
@@ -212,8 +198,7 @@ def report(ratios: list[float]) -> Iterator[str]:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = timing.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="1 if a ratio is too high")
     parser.add_argument("--output", type=Path, help="also write what is printed here")
     parser.add_argument("--side", choices=["ours", "upstream"], help=argparse.SUPPRESS)
