@@ -1,5 +1,6 @@
 """Scripts that run themselves by the Python of `.venv`, whichever one they were started by."""
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -7,17 +8,19 @@ from pathlib import Path
 VENV = Path(__file__).resolve().parents[1] / ".venv"
 
 
-def run_in_venv() -> None:
+def run_in_venv(needs: str = "sglang") -> None:
     """Run this script again by `.venv`'s Python, unless that is what runs it.
 
-    To be called before a script imports what only `.venv` has. Exits with 2 and one line
-    on stderr where there is no `.venv`.
+    To be called before a script imports what only `.venv` has. Where there is no `.venv`,
+    as on a machine with an environment of its own, a Python that has the package `needs`
+    goes on; another one exits with 2 and one line on stderr.
     """
     if Path(sys.prefix).resolve() == VENV.resolve():
         return
     python = VENV / "bin" / "python"
-    if not python.exists():
+    if python.exists():
+        os.execv(python, [str(python), *sys.argv])
+    if importlib.util.find_spec(needs) is None:
         name = Path(sys.argv[0]).name
         print(f"{name}: run ./scripts/setup.sh first", file=sys.stderr)
         sys.exit(2)
-    os.execv(python, [str(python), *sys.argv])

@@ -35,7 +35,7 @@ pytest=("$VENV/bin/python" -m pytest --durations=8)
 run_suite=("$VENV/bin/python" test/run_suite.py)
 
 run_everything() {
-    local hardware=(cpu) summaries=() status=0 hw files registered
+    local hardware=(cpu) status=0 hw files registered
     ! cuda_device_visible || hardware+=(cuda)
     rm -rf "$reports"
     mkdir -p "$reports"
@@ -50,12 +50,11 @@ run_everything() {
     trap 'kill "$rest" 2>/dev/null || true' EXIT
     for hw in "${hardware[@]}"; do
         "${run_suite[@]}" --hw "$hw" --suite all --reports "$reports/$hw" || status=1
-        summaries+=("$reports/$hw/summary.json")
     done
     echo "Waiting for the tests that are not registered ($reports/rest.log)"
     wait "$rest" || status=1
     cat "$reports/rest.log"
-    "${run_suite[@]}" --total "${summaries[@]}" "$reports/rest.xml" || status=1
+    "${run_suite[@]}" --total "${hardware[@]/#/$reports/}" "$reports/rest.xml" || status=1
     exit "$status"
 }
 

@@ -1,111 +1,84 @@
-"""bench_mxfp8_linear.py: what it times, the rows it writes, and what it leaves out.
+"""The kernel benchmarks without a GPU: FlashInfer's kernels are emulated, or stubs."""
 
-Without a GPU: what FlashInfer's kernels would be is emulated.
-"""
-
-import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from evidence import Kernel, read_lines
 
-SCRIPTS = Path(__file__).parents[2] / "benchmark/kernels/quantization"
-sys.path.append(str(SCRIPTS))
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmark/kernels/quantization/bench_mxfp8_linear.py"
+sys.path.append(str(SCRIPT.parent))
 
+import bench_mxfp8_host_overhead as host
 import bench_mxfp8_linear as bench
-from mxfp8_timing import random_operands
+import bench_mxfp8_weight_prep as prep
+import mxfp8_timing as timing
 
-FLASHINFER = {
-    ("flashinfer_trtllm", "8x4"),
-    ("flashinfer_trtllm", "128x4"),
-    ("flashinfer_cutlass", "128x4"),
-}
-PARTS = {"quantize", "gemm", "linear"}
-
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="the rehearsal is for a CPU"
-)
+pytestmark = pytest.mark.skipif(timing.HAS_GPU, reason="the rehearsal is for a CPU")
 
 
-def run_script(*arguments, python=(sys.executable,), **environment):
-    environment = {**os.environ, **environment}
-    command = [*python, SCRIPTS / "bench_mxfp8_linear.py", *arguments]
+def run(*arguments, command=(SCRIPT,), **environment):
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
+        [*command, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
 
 
 @pytest.fixture(scope="module")
-def candidates():
-    found, reasons = bench.find_candidates(rehearsal=True)
-    assert set(reasons) == {"triton"}
-    return found
+def contenders():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_MXFP8_EMULATION", "1")
+        found, left_out = bench.find_contenders()
+        assert set(left_out) == {"triton"}
+        yield found
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory):
-    output = tmp_path_factory.mktemp("bench") / "kernels.jsonl"
+def test_a_rehearsal_measures_everything_and_keeps_what_exists(tmp_path):
+    output = tmp_path / "kernels.jsonl"
     arguments = ("--shapes", "256,512", "160,256", "--m", "3", "1", "--rehearse")
-    done = run_script(*arguments, "--output", output)
+    done = run(*arguments, "--output", output)
     assert done.returncode == 0, done.stderr
-    return done.stdout, output
-
-
-def test_rows_are_of_the_schema_and_cover_everything(rehearsal):
-    _, output = rehearsal
-    rows = read_lines(Kernel, output)
-    assert all(row.rehearsal and row.device == "cpu" for row in rows)
-    assert all(len(row.us) == bench.REHEARSAL_REPEATS for row in rows)
-    for m in (1, 3):
-        found = {
-            (row.part, row.backend, row.layout)
-            for row in rows
-            if (row.m, row.n, row.k) == (m, 256, 512)
-        }
-        expected = {(part, *kernel) for part in PARTS for kernel in FLASHINFER}
-        assert found == expected | {("bf16_gemm", "torch", None)}
-    assert [row.part for row in rows[:2]] == ["copy", "bf16_gemm"]
-
-
-def test_a_rehearsal_says_so_and_names_what_is_left_out(rehearsal):
-    text, _ = rehearsal
-    assert text.startswith(bench.REHEARSAL)
-    left_out = text[text.index("## Left out") :]
-    assert "- triton: it needs an SM100 or SM103 GPU" in left_out
-    assert "- flashinfer_trtllm 8x4 [160, 256]: N = 160" in left_out
-    assert "CUDA graph" not in text
-
-
-def test_tables_are_whole(rehearsal):
-    text, output = rehearsal
-    lines = [line for line in text.split("\n") if line.startswith("| ")]
-    assert len({line.count("|") for line in lines}) == 1
-    tables = text.count("### ")
-    assert len(lines) == len(read_lines(Kernel, output)) + 2 * tables
-
-
-def test_what_exists_is_kept(rehearsal):
-    _, output = rehearsal
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    found = {(row["part"], row["contender"], row["m"], row["n"]) for row in rows}
+    parts = {name: ("linear", "quantize", "gemm") for name in bench.CONTENDERS}
+    parts = {**parts, "bf16 torch": ("linear",), "triton": ()}
+    assert found == {
+        (part, name, m, n)
+        for name, of_it in parts.items()
+        for part in of_it
+        for m in (1, 3)
+        for n in (256, 160)
+        if not (n == 160 and "8x4" in name.split())
+    }
+    assert all(len(row["us"]) == 3 and min(row["us"]) > 0 for row in rows)
+    assert timing.REHEARSAL in done.stdout
+    assert "- triton: RuntimeError: it needs an SM100 or SM103 GPU" in done.stdout
+    assert "- flashinfer_trtllm 8x4 [160, 256]: N = 160" in done.stdout
+    table = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len({line.count("|") for line in table}) == 1
+    assert len(table) == len(rows) + 2 * 2
     before = output.read_text()
-    done = run_script("--rehearse", "--output", output)
-    assert done.returncode == 2
-    assert f"{output} exists" in done.stderr
+    again = run("--rehearse", "--output", output)
+    assert again.returncode == 2 and f"{output} exists" in again.stderr
     assert output.read_text() == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    (
-        ((), "--rehearse runs the steps on the CPU"),
-        (("--rehearse", "--shapes", "256,500"), "K = 500 is not a multiple of 32"),
-        (("--rehearse", "--shapes", "256"), "'256' is no shape: N,K"),
+    "arguments, message",
+    [
+        ((), "--rehearse emulates it"),
+        (("--rehearse", "--shapes", "256,500"), "K is not a multiple of 32"),
+        (("--rehearse", "--shapes", "256"), "invalid shape value: '256'"),
         (("--rehearse", "--m", "0"), "invalid positive value"),
-    ),
+    ],
 )
 def test_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, message):
     output = ["--output", str(tmp_path / "kernels.jsonl")]
@@ -114,102 +87,122 @@ def test_wrong_arguments(tmp_path, monkeypatch, capsys, arguments, message):
         bench.main()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
 
 
-def test_without_sglang_the_rest_is_measured(tmp_path):
-    """As on a GPU machine where only torch, Triton and FlashInfer are at hand."""
-    packages = tmp_path / "packages"
+def test_without_sglang_and_venv_the_rest_is_measured(tmp_path):
+    """As on a GPU machine with torch and Triton of its own."""
+    packages, checkout = tmp_path / "packages", tmp_path / "checkout"
     packages.mkdir()
     for entry in Path(torch.__file__).parents[1].iterdir():
         if not entry.name.startswith(("sglang", "__")):
             (packages / entry.name).symlink_to(entry)
-    output = tmp_path / "kernels.jsonl"
-    done = run_script(
-        *("--rehearse", "--output", output),
-        python=(sys.executable, "-S"),  # none but the packages named here
-        PYTHONPATH=str(packages),
-    )
+    for folder in "benchmark/kernels", "python", "scripts":
+        shutil.copytree(ROOT / folder, checkout / folder)
+    script = checkout / SCRIPT.relative_to(ROOT)
+    command = (sys.executable, "-S", script)  # no packages but those named here
+    arguments = ("--rehearse", "--output", tmp_path / "kernels.jsonl")
+    done = run(*arguments, command=command, PYTHONPATH=str(packages))
     assert done.returncode == 0, done.stderr
-    assert "triton: the patched sglang is not installed" in done.stdout
-    rows = read_lines(Kernel, output)
-    assert {row.part for row in rows} == {"copy", "bf16_gemm"}
-    assert len(rows) == 2 + len(bench.REHEARSAL_M)
+    assert "| 16 | linear | bf16 torch | " in done.stdout
+    assert done.stdout.count("Error: ") == len(bench.CONTENDERS) - 1
+    done = run(*arguments, command=command, PYTHONPATH="")
+    assert done.returncode == 2
+    assert done.stderr == "bench_mxfp8_linear.py: run ./scripts/setup.sh first\n"
 
 
 @pytest.mark.parametrize("m", (1, 8, 9, 130))
-def test_quantization_and_gemm_are_the_linear(candidates, m):
-    input, weight, scale = random_operands(256, 512, m, "cpu")
-    for candidate in candidates:
-        whole = candidate.linear(input, weight, scale)
-        parts = candidate.gemm(*candidate.quantize(input), weight, scale)
+def test_the_parts_are_the_linear_and_their_bytes_the_tensors(contenders, m):
+    operands = timing.rotated_operands(256, 512, m)
+    for name, contender in contenders.items():
+        input, *weights = contender.prepare(*operands[0])
+        whole = contender.linear(input, *weights)
         assert whole.shape == (m, 256)
-        assert torch.equal(whole, parts), candidate
+        works = dict(bench.parts(contender, operands))
+        size = lambda *tensors: sum(tensor.nbytes for tensor in tensors)
+        assert works["linear"].bytes == size(input, *weights, whole)
+        assert works["linear"].calls == len(operands) == 2
+        if contender.gemm:
+            quantized = contender.quantize(input)
+            assert torch.equal(whole, contender.gemm(*quantized, *weights)), name
+            assert works["quantize"].bytes == size(input, *quantized)
+            assert works["gemm"].bytes == size(*quantized, *weights, whole)
 
 
-@pytest.mark.parametrize("m", (1, 130))
-def test_bytes_are_those_of_the_tensors(candidates, m):
-    operands = [random_operands(256, 512, m, "cpu")]
-    input, weight, scale = operands[0]
-    for candidate in candidates:
-        work = {
-            part.part: prepare()
-            for part, prepare in bench.candidate_work(candidate, operands, [input])
-        }
-        quantized = sum(tensor.nbytes for tensor in candidate.quantize(input))
-        output = candidate.linear(input, weight, scale).nbytes
-        weights = weight.nbytes + scale.nbytes
-        assert work["quantize"].bytes == input.nbytes + quantized
-        assert work["gemm"].bytes == quantized + weights + output
-        assert work["linear"].bytes == input.nbytes + weights + output
-        assert work["gemm"].flops == work["linear"].flops == 2 * m * 256 * 512
-
-
-def test_every_call_of_a_run_is_counted(candidates):
-    operands = [random_operands(256, 512, 2, "cpu") for _ in range(3)]
-    calls = []
-    counted = dataclasses.replace(
-        candidates[0], linear=lambda *arguments: calls.append(arguments)
-    )
-    *_, (_, prepare) = bench.candidate_work(counted, operands, [])
-    work = prepare()
-    work.run()
-    assert work.calls == len(calls) == 3
-    assert len({call[1].data_ptr() for call in calls}) == 3
-
-
-def test_rates():
-    row = bench.Row(
-        *("gemm", "triton", None, 1, 2, 3, [3.0, 1.0, 2.0], 4_000_000, 6_000_000),
-        *("cpu", True),
-    )
-    assert row.median == 2.0
-    assert row.gigabytes_per_second == pytest.approx(2000)  # 4 MB in 2 us
-    assert row.teraflops == pytest.approx(3)  # 6 MFLOP in 2 us
-    line = bench.table_rows([row], (4000, 12))
-    assert line == ("| 1 | gemm, triton | 2.00 (1.00..3.00) | 2000 | 50% | 3 | 25% |")
-
-
-def test_a_part_that_fails_is_named_and_the_others_go_on(candidates, tmp_path):
+def test_a_contender_that_fails_is_named_and_the_others_go_on(contenders):
     def broken(*arguments):
         raise RuntimeError("no such kernel\nand a trace")
 
-    one = dataclasses.replace(candidates[0], gemm=broken)
-    measured = bench.Bench(tmp_path / "kernels.jsonl", rehearsal=True)
-    measured.shape(256, 512, 1, [one])
-    name = "gemm, flashinfer_trtllm 8x4, M=1, N=256, K=512"
-    assert measured.failed == {name: "RuntimeError: no such kernel"}
-    assert {row.part for row in measured.rows} == {"bf16_gemm", "quantize", "linear"}
-    written = (tmp_path / "kernels.jsonl").read_text().splitlines()
-    assert [json.loads(line)["part"] for line in written] == [
-        row.part for row in measured.rows
+    cutlass = contenders["flashinfer_cutlass 128x4"]
+    both, failed = {"bad": cutlass._replace(gemm=broken), "good": cutlass}, {}
+    rows = bench.measure_shape(both, 256, 512, 1, failed)
+    assert failed == {"bad, M=1, N=256, K=512": "RuntimeError: no such kernel"}
+    assert [r["part"] for r in rows if r["contender"] == "good"] == [
+        *("linear", "quantize", "gemm")
     ]
-    text = bench.report(measured, {}, {})
-    assert f"## Failed\n- {name}: RuntimeError: no such kernel" in text
+
+
+def test_medians_and_floors(monkeypatch):
+    ticks = iter([0.0, 5.0, 5.0, 6.0, 6.0, 9.0])  # 5, 1 and 3 seconds
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    work = timing.Work(lambda: None, calls=2)
+    assert timing.medians({"a": work}, 3) == {"a": 1.5e6}
+    speeds = {"read": 2e9, "copy": 4e9}
+    monkeypatch.setattr(timing, "plain_speeds", lambda: speeds)
+    assert timing.floor_us(8000) == pytest.approx(2.0)
+    row = dict(part="gemm", contender="it", m=1, n=2, k=3, us=[3.0, 1, 2], bytes=4000)
+    assert bench.table_row(row).startswith(
+        "| 1 | gemm | it | 2.00 (1.00..3.00) | 1.00 (50%)"
+    )
 
 
 def test_the_default_shapes_are_the_readmes():
     shapes = bench.default_shapes()
     assert shapes[(24576, 4096)] == "Qwen3-8B gate_up_proj, TP 1"
     assert {(6144, 4096), (768, 4096), (1280, 8192), (8192, 3584)} < set(shapes)
-    assert len(shapes) == len(bench.MODEL_SHAPES)
+    assert len(shapes) == 8
+
+
+@pytest.mark.parametrize("broken", [None, "shuffle_rows_", "unswizzle_scale_"])
+def test_weight_preparation_is_compared_with_the_formulas(monkeypatch, broken):
+    monkeypatch.setattr(prep, "temporary_bytes", lambda run: run() or 0)
+    functions = {name: getattr(prep.layout, name) for name in dir(prep.layout)}
+    if broken:
+        functions[broken] = lambda *arguments: None
+    monkeypatch.setattr(prep, "layout", SimpleNamespace(**functions))
+    if not broken:
+        assert prep.check(prep.Linear(96, 160)) == 0
+        return
+    with pytest.raises(AssertionError, match=r"weight \[96, 160\]: right: "):
+        prep.check(prep.Linear(96, 160))
+
+
+def test_host_time_is_of_calls_that_reach_the_kernels(monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 2)
+    stubs = host.Stubs()
+
+    def linear(input, weight, weight_scale, input_scale, bias):
+        stubs.mxfp8_quantize(input)
+        output = stubs.mm_mxfp8(input, weight, None, weight_scale)
+        return output.view(*input.shape[:-1], host.N)
+
+    assert host.seconds_per_call(linear, stubs, (2, 3, host.K), False) > 0
+    with pytest.raises(AssertionError, match="0 calls"):
+        no_kernels = lambda input, **others: input
+        host.seconds_per_call(no_kernels, stubs, (2, host.K), True)
+
+
+@pytest.mark.parametrize("ours, status", [(0.4, 0), (0.6, 1)])
+def test_a_ratio_over_the_target_is_not_met(monkeypatch, capsys, ours, status):
+    seconds = {"ours": ours, "upstream": 1.0}
+    run_side = lambda side: ["0.0", [seconds[side]] * len(host.CASES)]
+    monkeypatch.setattr(host, "run_side", run_side)
+    monkeypatch.setattr(host, "install_upstream", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["host", "--check"])
+    assert host.main() == status
+    met = "NOT met" if status else "met"
+    assert f"{ours:.2f} at most, {met}" in capsys.readouterr().out
+
+
+def test_ours_is_timed_in_a_process_of_its_own(monkeypatch):
+    version, seconds = host.run_side("ours")
+    assert "mxfp8" in version and len(seconds) == len(host.CASES)
