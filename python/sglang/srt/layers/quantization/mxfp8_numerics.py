@@ -13,7 +13,7 @@ def refuse_non_finite(
     """Raise ValueError, by its name, for a tensor that holds NaN or infinity.
 
     That is a NaN code in e4m3, the byte 255 in an E8M0 scale and, if the model
-    `quantizes` what it loads, NaN or infinity in a weight of 16 bits or more. Reads an
+    `quantizes` what it loads, NaN or infinity in 16 bits or more. Reads an
     e4m3 tensor twice and others once, and waits for a GPU once.
     """
     found: Dict[torch.device, list] = defaultdict(list)
@@ -58,7 +58,7 @@ def _telling_bytes(
         yield tensor.view(torch.int8).amax().view(torch.uint8), 0x7F
     elif last.startswith("weight_scale") and tensor.dtype.itemsize == 1:
         yield tensor.view(torch.uint8).amax(), 0xFF
-    elif quantizes and last == "weight" and tensor.is_floating_point():
+    elif quantizes and tensor.is_floating_point():
         low, high = torch.aminmax(tensor)
         finite = low.isfinite() & high.isfinite()
         yield finite.logical_not().view(torch.uint8), 1

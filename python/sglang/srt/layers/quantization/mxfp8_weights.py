@@ -33,6 +33,7 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     unswizzle_scale,
     unswizzle_scale_,
 )
+from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearChoice
 
 WEIGHT = "weight"
@@ -334,9 +335,8 @@ class Mxfp8LinearWeights:
             )
             if source is None or source.numel()
         ]
-        for _, source in copies:
-            if source is not None and not source.is_meta:
-                refuse_non_finite(label, source)
+        sources = [(label, source) for _, source in copies if source is not None]
+        refuse_non_finite(sources, quantizes=True)
         self._note(SCALE, *(shard_id or (None,)), _scale_shape(loaded))
         self.to_checkpoint_form()
         for target, source in copies:
@@ -389,14 +389,6 @@ def check_parameters(model: torch.nn.Module) -> None:
                 weights, own = owners.get(cdata, (None, None))
                 if weights and (module, name) != (weights.layer, own):
                     raise ValueError(weights._shares(own))
-
-
-def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError for NaN or infinity in a bf16, fp16 or fp32 tensor, by its name."""
-    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(
-            f"{name} holds NaN or infinity, which cannot be quantized to MXFP8"
-        )
 
 
 def _copies_of(
