@@ -3,6 +3,10 @@ Fp8Config.get_min_capability
     why: emulation runs on any device
     until: never, as long as there is emulation
 
+Fp8Config.get_cache_scale
+    why: GraniteMoeHybrid asks every quantization config for it
+    until: upstream's base class has it
+
 Fp8Config.mxfp8_linear_options
     why: what can run is found out once per server, and before any layer is built
     until: upstream chooses per layer at load
@@ -122,6 +126,10 @@ class Fp8Config(QuantizationConfig):
     def override_quantization_method(cls, hf_quant_cfg, user_quant) -> Optional[str]:
         """The answer is "mxfp8" for an MXFP8 checkpoint, if the flag names its format."""
         return "mxfp8" if names_the_format(user_quant, hf_quant_cfg) else None
+
+    def get_cache_scale(self, name: str) -> Optional[str]:
+        """Asked by some models' loaders; load_kv_scales has taken such tensors before."""
+        return None
 
     def get_min_capability(self) -> int:
         if not self.use_mxfp8:

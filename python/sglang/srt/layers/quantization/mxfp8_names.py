@@ -15,6 +15,7 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tupl
 
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_map_only
 from sglang.srt.layers.quantization.mxfp8_formats import (
     LayerList,
     bare_name,
@@ -97,23 +98,19 @@ class _Probe(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is torch.Tensor.item:
             return 0.0
+        probes = [probe for probe in _flat(args) if isinstance(probe, cls)]
+        if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
+            with torch._C.DisableTorchFunctionSubclass():
+                for probe in probes:
+                    probe.note(probe.origins, args[0], args[-1])
+            return args[0]
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        is_write = function in (torch.Tensor.copy_, torch.Tensor.__setitem__)
-        makes_tensors = isinstance(result, (torch.Tensor, list, tuple))
-        if not is_write and not makes_tensors:
+        if not isinstance(result, (torch.Tensor, list, tuple)) or not probes:
             return result
-        probes = [probe for probe in _flat(args) if isinstance(probe, cls)]
-        names, note = set().union(*(p.origins for p in probes)), probes[0].note
-        if is_write:
-            note(names, args[0], args[-1])
-            return result
-        if isinstance(result, torch.Tensor):
-            return cls.of(result, names, note)
-        wrap = lambda r: cls.of(r, names, note) if isinstance(r, torch.Tensor) else r
-        return (
-            type(result)(map(wrap, result)) if type(result) in (list, tuple) else result
-        )
+        origins = set().union(*(probe.origins for probe in probes))
+        wrap = lambda tensor: cls.of(tensor, origins, probes[0].note)
+        return tree_map_only(torch.Tensor, wrap, result)
 
 
 def _flat(values) -> Iterator:
