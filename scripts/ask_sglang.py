@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Iterator, List, Sequence
 from unittest import mock
@@ -18,35 +19,46 @@ from checkpoint_files import CheckpointError, Tensor
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warnings that sglang has for those who serve."""
-    before = logging.root.manager.disable
+    """Without what sglang, and gloo on file descriptor 1, tell those who serve."""
+    level, stdout = logging.root.manager.disable, os.dup(1)
     logging.disable(logging.WARNING)
     try:
-        yield
+        with open(os.devnull, "wb") as nowhere, warnings.catch_warnings(
+            action="ignore"
+        ):
+            os.dup2(nowhere.fileno(), 1)
+            yield
     finally:
-        logging.disable(before)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        logging.disable(level)
 
 
 if not torch.cuda.is_available():
     sys.path.insert(0, str(Path(__file__).resolve().parent / "cpu_stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 try:
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.layers.dp_attention import initialize_dp_attention
-    from sglang.srt.layers.quantization.fp8 import Fp8Config
-    from sglang.srt.layers.quantization.mxfp8_emulation import quantize  # noqa: F401
-    from sglang.srt.layers.quantization.mxfp8_names import Layer, ask_model
-    from sglang.srt.model_loader.loader import _initialize_model
-    from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
-    from sglang.test.mxfp8_utils import init_single_process_parallel_state
+    with _quietly():
+        # On a CPU some models cannot be imported, for kernels that are not called here;
+        # rotary embeddings can, and elsewhere ask for kernels when they are built.
+        import sglang.srt.layers.rotary_embedding  # noqa: F401
+        from sglang.srt.configs.load_config import LoadConfig
+        from sglang.srt.configs.model_config import ModelConfig
+        from sglang.srt.layers.dp_attention import initialize_dp_attention
+        from sglang.srt.layers.quantization.fp8 import Fp8Config
+        from sglang.srt.layers.quantization.mxfp8_emulation import (  # noqa: F401
+            quantize,
+        )
+        from sglang.srt.layers.quantization.mxfp8_names import Layer, ask_model
+        from sglang.srt.model_loader.loader import _initialize_model
+        from sglang.srt.server_args import (
+            ServerArgs,
+            set_global_server_args_for_scheduler,
+        )
+        from sglang.test.mxfp8_utils import init_single_process_parallel_state
 
-    # On a CPU some models cannot be imported, for kernels that are not called here;
-    # rotary embeddings can, and elsewhere ask for kernels when they are built.
-    import sglang.srt.layers.rotary_embedding  # noqa: F401
-
-    with _quietly(), mock.patch("sglang.srt.utils.is_cpu", lambda: False):
-        import sglang.srt.models.registry  # noqa: F401
+        with mock.patch("sglang.srt.utils.is_cpu", lambda: False):
+            import sglang.srt.models.registry  # noqa: F401
 except ModuleNotFoundError as error:
     raise CheckpointError(
         f"the patched sglang is not installed here ({error}): run ./scripts/setup.sh"
@@ -81,7 +93,5 @@ def _ask(source: Path, shapes: dict) -> List[Layer]:
     quantization = Fp8Config(is_checkpoint_fp8_serialized=True, use_mxfp8=True)
     # Its loader for CPUs does not take a bias.
     with mock.patch("sglang.srt.layers.moe.fused_moe_triton.layer._is_cpu", False):
-        names = ask_model(
-            _initialize_model, config, LoadConfig(), quantization, shapes
-        )
+        names = ask_model(_initialize_model, config, LoadConfig(), quantization, shapes)
     return [layer for layer in names.layers if layer.tensors]
