@@ -33,6 +33,12 @@ def choose(source: Path, tensors: List[Tensor], ignore: Sequence[str]) -> Choice
     """
     from ask_sglang import quantizable_layers  # imports sglang
 
+    for tensor in tensors:
+        if _is_weight(tensor) and not tensor.bytes:
+            raise CheckpointError(
+                f"{tensor.name} is {list(tensor.shape)}, without values: fetch the "
+                "checkpoint again"
+            )
     by_name = {tensor.name: tensor for tensor in tensors}
     choice = Choice()
     for layer in quantizable_layers(source, tensors):
@@ -81,12 +87,10 @@ def _are_linears(weights: List[Tensor]) -> bool:
                 "save the checkpoint with one tensor per expert first, or keep them as "
                 "they are with --ignore '*.experts.*'"
             )
-        if len(weight.shape) == 2 and (
-            weight.shape[1] % GROUP_SIZE or not weight.bytes
-        ):
+        if len(weight.shape) == 2 and weight.shape[1] % GROUP_SIZE:
             raise CheckpointError(
                 f"{weight.name} has K = {weight.shape[1]}, which is not a multiple of "
-                f"{GROUP_SIZE}, or no values: keep it as it is with --ignore "
+                f"{GROUP_SIZE}: keep it as it is with --ignore "
                 f"'*.{weight.module.rpartition('.')[2]}'"
             )
     return bool(weights) and all(len(weight.shape) == 2 for weight in weights)

@@ -102,7 +102,10 @@ class TestDescription(CustomTestCase):
             ({**own, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
             (modelopt(), "modelopt", ["glob:lm_head"]),
             (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
+            (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
+            (modelopt(quant_algo="mxfp8"), "modelopt", ["glob:lm_head"]),
             (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
+            ({**own, "quant_method": "fp8"}, "mxfp8", []),
             ({**own, "scale_fmt": "UE8M0"}, "mxfp8", []),
             (compressed_tensors(), "compressed-tensors", ["glob:lm_head"]),
         ):
@@ -132,6 +135,28 @@ class TestDescription(CustomTestCase):
         )
         self.assertEqual(described["ignored_layers"], ["a", "b", "c"])
 
+    def test_entries_of_our_own_form_mean_what_they_say(self):
+        names = [
+            "model.layers.0.mlp.down_proj.weight",
+            "*.1.self_attn.*",
+            "re:.*o_proj",
+        ]
+        described = describe_mxfp8({"quant_method": "mxfp8", "ignored_layers": names})
+        self.assertEqual(describe_mxfp8(described), described)
+        listed = LayerList(described["ignored_layers"])
+        for name, is_mxfp8 in (
+            ("model.layers.0.mlp.down_proj", False),
+            ("model.layers.1.self_attn.qkv_proj", False),
+            ("model.layers.0.self_attn.o_proj", False),
+            ("model.layers.0.self_attn.qkv_proj", True),
+            ("model.layers.1.mlp.down_proj", True),
+        ):
+            self.assertEqual(listed.has_layer(name), is_mxfp8, name)
+
+    def test_an_hf_quant_config_that_says_nothing(self):
+        with self.assertRaisesRegex(ValueError, 'no "quantization", only producer'):
+            flat_modelopt_mxfp8({"producer": {"name": "modelopt"}})
+
     def test_an_fp8_cache_is_told(self):
         for config in (
             modelopt(kv_cache_scheme=FP8_CACHE),
@@ -148,6 +173,7 @@ class TestDescription(CustomTestCase):
             None,
             {},
             {"quant_method": "fp8", "activation_scheme": "dynamic"},
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
             modelopt(
@@ -187,6 +213,15 @@ class TestDescription(CustomTestCase):
                 "ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not served",
             ),
             (modelopt(group_size=16), "group_size 16"),
+            (modelopt(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo 'NVFP4'"),
+            (
+                compressed_tensors(kv_cache_scheme={**FP8_CACHE, "type": "int"}),
+                "kv_cache_scheme .*'int'.* is not served",
+            ),
+            (
+                {"quant_method": "fp8", "weight_block_size": [1, 32]},
+                'is MXFP8 only if .*"scale_fmt": "ue8m0"',
+            ),
             (
                 compressed_tensors(transform_config={"config_groups": {"u": {}}}),
                 "with a transform_config is not served",
@@ -250,6 +285,13 @@ class TestLayerNames(CustomTestCase):
                 "model.layers.10.self_attn.o_proj",
                 "model.lm_head_norm",
             ],
+        )
+
+    def test_what_llm_compressor_wraps(self):
+        self.assert_kept(
+            ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.up_proj.linear"],
+            ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj.linear"],
+            ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
         )
 
     def test_a_module_is_all_its_layers(self):

@@ -30,6 +30,8 @@ Shapes = Dict[str, Tuple[int, ...]]
 _KV_SCALE = re.compile(
     r"\.(?:(?P<kind>k|v|kv)_scale|(?P<quark>k|v)_proj\.output_scale)$"
 )
+# The attention layers of models on the Transformers backend, by number.
+_OUTSIDE = "attention_instances"
 _IS_SCALE = re.compile(r"_scale(_inv|_2)?$")
 
 
@@ -80,6 +82,10 @@ class ModelNames:
         if not known:
             return []
         found = [path for path in self.attention if path.startswith(f"{known[0]}.")]
+        number = re.search(r"layers\.(\d+)", known[0])
+        if not found and number:
+            outside = f"{_OUTSIDE}.{number[1]}"
+            found = [path for path in self.attention if path == outside]
         if not found:
             raise ValueError(f"{scale}: the model has no KV cache in {known[0]}")
         return found
@@ -141,6 +147,7 @@ def ask_model(
     get_model_architecture(model_config)  # imports models, which is not for meta
     with on_meta_device(model_config.dtype):
         model = initialize(model_config, load_config, asked)
+        give_kv_scales(model, asked)
     # It computes with the weights, which the meta device has not.
     if hasattr(model, "post_load_weights"):
         model.post_load_weights = lambda *args, **kwargs: None
@@ -274,6 +281,18 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+def give_kv_scales(model: torch.nn.Module, quant_config) -> None:
+    """Give every attention layer scales for its KV cache: not all models' code does."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    if isinstance(getattr(model, _OUTSIDE, None), list):
+        setattr(model, _OUTSIDE, torch.nn.ModuleList(getattr(model, _OUTSIDE)))
+    for name, module in model.named_modules():
+        if isinstance(module, RadixAttention) and module.quant_method is None:
+            module.quant_method = quant_config.get_quant_method(module, name)
+            module.quant_method.create_weights(module)
+
+
 def kv_caches(model: torch.nn.Module) -> Dict[str, torch.nn.Module]:
     """A model's attention layers that have scales for a KV cache, by name."""
     found = {
@@ -348,6 +367,7 @@ def takes_mxfp8_names(initialize_model: Callable) -> Callable:
         quant_config.choose_mxfp8 = plan.chooser()
         model = initialize_model(model_config, load_config, quant_config)
         quant_config.choose_mxfp8 = None
+        give_kv_scales(model, quant_config)
         load_weights = model.load_weights
 
         @functools.wraps(load_weights)
