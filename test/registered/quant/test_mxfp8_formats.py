@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.quantization import fp8
+from sglang.srt.layers.quantization import fp8, mxfp8_names
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.mxfp8_formats import (
     LayerList,
@@ -25,6 +25,7 @@ from sglang.srt.layers.quantization.mxfp8_formats import (
 )
 from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_checkpoint_form
+from sglang.srt.layers.quantization.mxfp8_names import Mxfp8Plan
 from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -289,7 +290,7 @@ class TestLayerNames(CustomTestCase):
 
     def test_what_llm_compressor_wraps(self):
         self.assert_kept(
-            ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.up_proj.linear"],
+            ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.linear"],
             ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj.linear"],
             ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
         )
@@ -501,6 +502,21 @@ class TestLoading(FormatTestCase):
                 self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
                 self.assertEqual(attention.o_proj.weight.dtype, torch.float8_e4m3fn)
                 self.assert_holds(model, tensors)
+
+    def test_where_the_model_cannot_be_asked_layers_go_by_their_prefixes(self):
+        parts = [f"layers.1.self_attn.{part}_proj" for part in "qkv"]
+        config = modelopt(ignore=[f"model.{part}" for part in parts])
+        path = with_format(self.path("asked"), self.mixed(*parts), config)
+        with mock.patch.object(mxfp8_names, "ask_model", side_effect=KeyError("x")):
+            with self.assertLogs(mxfp8_names.logger, "WARNING"):
+                model = load_on_cpu(path)
+        attention = model.model.layers[1].self_attn
+        self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
+
+    def test_a_model_that_is_built_otherwise_than_asked(self):
+        choose = Mxfp8Plan([("model.a", True)]).chooser()
+        with self.assertRaisesRegex(ValueError, "model.b is built where model.a was"):
+            choose(None, "model.b")
 
     def test_a_list_with_a_part_of_a_fused_layer_is_refused(self):
         part = "model.layers.1.self_attn.k_proj"

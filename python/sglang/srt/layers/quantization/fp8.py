@@ -11,7 +11,7 @@ Fp8Config.mxfp8_linear_options
     why: what can run is found out once per server, and before any layer is built
     until: upstream chooses per layer at load
 
-Fp8Config.from_config, Fp8Config.get_quant_method, Fp8Config.override_quantization_method, Fp8Config.mxfp8_plan, Fp8Config.choose_mxfp8
+Fp8Config.from_config, Fp8Config.get_quant_method, Fp8Config.override_quantization_method, Fp8Config.mxfp8_plan, Fp8Config.choose_mxfp8, Fp8Config.mxfp8_layers
     why: which layers are in MXFP8 is decided in one place, for every checkpoint format and for the parts of fused layers
     until: upstream reads these formats
 
@@ -109,7 +109,7 @@ class Fp8Config(QuantizationConfig):
         if self.choose_mxfp8 is not None:
             return self.choose_mxfp8(layer, prefix)
         if self.use_mxfp8:
-            return LayerList(self.ignored_layers).has_layer(prefix)
+            return self.mxfp8_layers.has_layer(prefix)
         return not is_layer_skipped(prefix, self.ignored_layers)
 
     def _require_mxfp8_experts(self, prefix: str) -> None:
@@ -121,6 +121,10 @@ class Fp8Config(QuantizationConfig):
                 "cutlass, which --quantization mxfp8 chooses. Elsewhere they have to be "
                 "in bf16."
             )
+
+    @cached_property
+    def mxfp8_layers(self) -> LayerList:
+        return LayerList(self.ignored_layers)
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant) -> Optional[str]:

@@ -14,19 +14,10 @@ Names are compared whatever "model." and "language_model." they begin with.
 
 import fnmatch
 import re
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    List,
-    Optional,
-    Sequence,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import torch
+
 from sglang.srt.layers.quantization.mxfp8_layout import GROUP_SIZE
 
 SCALE = "weight_scale_inv"
@@ -72,7 +63,7 @@ class LayerList:
         """Whether a checkpoint's module, by its own name, is in MXFP8."""
         return not self._kept(module) and self._targeted(module)
 
-    def has_layer(self, name: str, modules: Sequence[str] = ()) -> bool:
+    def has_layer(self, name: str, modules: Iterable[str] = ()) -> bool:
         """Whether the linear or the experts that sglang calls `name` are in MXFP8.
 
         `modules` are the checkpoint's that it is made of; where they are not known, what
@@ -81,7 +72,8 @@ class LayerList:
         parent, dot, last = name.rpartition(".")
         usual = _FUSED_PARTS.get(last, ())
         families = [[f"{parent}{dot}{part}" for part in parts] for parts in usual]
-        families = [list(modules)] if modules else families
+        if modules:
+            families = [list(modules)]
         for parts in families:
             _refuse_split(name, parts, [part for part in parts if self.has(part)])
         parts = sum(families, [])

@@ -16,8 +16,8 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tupl
 import torch
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
+
 from sglang.srt.layers.quantization.mxfp8_formats import (
-    LayerList,
     bare_name,
     with_mxfp8_names,
 )
@@ -198,7 +198,7 @@ class Mxfp8Plan:
     layers: Optional[List[Tuple[str, bool]]] = None
     attention: Dict[str, List[str]] = field(default_factory=dict)
 
-    def chooser(self) -> Optional[Callable[[str], bool]]:
+    def chooser(self) -> Optional[Callable[[torch.nn.Module, str], bool]]:
         """Says of each layer, in the order of construction, whether it is in MXFP8."""
         if self.layers is None:
             return None
@@ -238,7 +238,7 @@ def plan_mxfp8(
     Raises ValueError for a fused layer of which only a part is in MXFP8, and for a scale
     of a KV cache that the model does not have.
     """
-    listed = LayerList(quant_config.ignored_layers)
+    listed = quant_config.mxfp8_layers
     shapes = _shapes(model_config, load_config)
     scales = [name for name in shapes if _KV_SCALE.search(name)]
     wanted = {group for name in scales for group in _above(name)}
