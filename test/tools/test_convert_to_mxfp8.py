@@ -2,21 +2,27 @@
 
 import json
 import os
+import resource
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import convert_to_mxfp8
 import pytest
 import torch
-from convert_to_mxfp8 import Tensor, _plan_shards, main
+from checkpoint_files import Tensor
+from convert_to_mxfp8 import _plan_shards, main
 from hypothesis import given
 from hypothesis import strategies as st
 from make_synthetic_model import make_synthetic_model
 from safetensors.torch import load_file, save_file
 from staging import staged_directory
 
-LAYER = "model.layers.0"
-ATTENTION = f"{LAYER}.self_attn"
+INDEX = "model.safetensors.index.json"
+ATTENTION = "model.layers.0.self_attn"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+QKV = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -32,22 +38,17 @@ def read_config(path: Path) -> dict:
     return json.loads((path / "config.json").read_text())
 
 
-def write_checkpoint(path: Path, config: dict | None = None, **shapes) -> Path:
-    """A checkpoint of one file; names are given with __ for dots."""
-    path.mkdir()
-    tensors = {
-        name.replace("__", "."): (
-            torch.randn(shape).bfloat16() if isinstance(shape, tuple) else shape
-        )
-        for name, shape in shapes.items()
-    }
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config or {}))
-    return path
+def quantization_config(path: Path) -> dict:
+    return read_config(path)["quantization_config"]
 
 
-def weights(**shapes) -> dict:
-    return {f"model__layers__0__{name}__weight": s for name, s in shapes.items()}
+def same_tensors(left: Path, right: Path) -> bool:
+    left, right = read_checkpoint(left), read_checkpoint(right)
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype
+        and torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
+        for name in left
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,21 @@ def model(tmp_path_factory) -> Path:
     (path / "assets").mkdir()
     (path / "assets" / "note.txt").write_text("kept")
     return path
+
+
+@pytest.fixture
+def source(model, tmp_path):
+    """Makes a copy of the model, with these tensors and this config changed."""
+
+    def copy(tensors=None, **config) -> Path:
+        path = tmp_path / "in"
+        shutil.copytree(model, path)
+        changed = {**read_checkpoint(path), **(tensors or {})}
+        save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps({**read_config(path), **config}))
+        return path
+
+    return copy
 
 
 @pytest.fixture(scope="module")
@@ -73,23 +89,13 @@ def test_linears_are_what_the_quantizer_says(model, converted):
 
     before, after = read_checkpoint(model), read_checkpoint(converted)
     linears = [name for name in before if name.endswith("_proj.weight")]
-    assert len(linears) == 2 * 7
-    for name in linears:
-        values, scale = quantize(before[name])
-        assert after[name].dtype == torch.float8_e4m3fn
-        assert after[f"{name}_scale_inv"].dtype == torch.uint8
-        assert torch.equal(after[name].view(torch.uint8), values.view(torch.uint8))
-        assert torch.equal(after[f"{name}_scale_inv"], scale)
-
-
-def test_everything_else_is_untouched(model, converted):
-    before, after = read_checkpoint(model), read_checkpoint(converted)
-    others = [name for name in before if not name.endswith("_proj.weight")]
-    assert "model.embed_tokens.weight" in others and "model.norm.weight" in others
-    for name in others:
-        assert after[name].dtype == before[name].dtype
-        assert torch.equal(after[name], before[name])
-    assert len(after) == len(before) + 2 * 7
+    assert len(linears) == 2 * 7 and len(after) == len(before) + 2 * 7
+    for name, tensor in before.items():
+        if name in linears:
+            tensor, scale = quantize(tensor)
+            assert torch.equal(after[f"{name}_scale_inv"], scale)
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_config_and_files(model, converted):
@@ -105,7 +111,33 @@ def test_config_and_files(model, converted):
     assert (converted / "tokenizer.json").read_text() == "{}"
     assert (converted / "assets" / "note.txt").read_text() == "kept"
     assert not (converted / "pytorch_model.bin").exists()
-    assert not (converted / "model.safetensors.index.json").exists()
+    assert not (converted / INDEX).exists()
+
+
+def test_it_runs_itself_in_the_virtual_environment(model, converted, tmp_path):
+    root = Path(convert_to_mxfp8.__file__).parents[1]
+    command = [
+        "python3",
+        root / "scripts" / "convert_to_mxfp8.py",
+        model,
+        tmp_path / "o",
+    ]
+    path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin"))
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith(f"{tmp_path / 'o'}: 14 linears")
+    assert same_tensors(tmp_path / "o", converted)
+
+
+def test_without_a_virtual_environment(model, tmp_path):
+    scripts = Path(convert_to_mxfp8.__file__).parent
+    for name in ("convert_to_mxfp8.py", "in_venv.py"):
+        (tmp_path / "scripts").mkdir(exist_ok=True)
+        shutil.copy(scripts / name, tmp_path / "scripts")
+    command = ["python3", tmp_path / "scripts" / "convert_to_mxfp8.py", "in", "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "convert_to_mxfp8.py: run ./scripts/setup.sh first\n"
 
 
 def test_large_weights_are_quantized_in_chunks_of_rows(
@@ -125,14 +157,13 @@ def test_shards_in_and_out(model, converted, tmp_path):
     )
     assert len(list(sharded.glob("*.safetensors"))) > 3
     # Files outside the index are not part of the checkpoint.
-    save_file(
-        {"stray.weight": torch.zeros(32, 32)}, sharded / "consolidated.safetensors"
-    )
+    stray = {"stray.weight": torch.zeros(32, 32)}
+    save_file(stray, sharded / "consolidated.safetensors")
     output = tmp_path / "out"
     assert main([str(sharded), str(output), "--max-shard-size", "270KB"]) == 0
 
     assert same_tensors(output, converted)
-    index = json.loads((output / "model.safetensors.index.json").read_text())
+    index = json.loads((output / INDEX).read_text())
     total = 0
     for file in output.glob("*.safetensors"):
         content = load_file(file)
@@ -143,25 +174,23 @@ def test_shards_in_and_out(model, converted, tmp_path):
     assert index["metadata"]["total_size"] == total
 
 
-def same_tensors(left: Path, right: Path) -> bool:
-    left, right = read_checkpoint(left), read_checkpoint(right)
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype
-        and torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
-        for name in left
-    )
+def test_float64_is_converted(model, source, tmp_path):
+    double = read_checkpoint(model)[DOWN].double()
+    assert main([str(source({DOWN: double})), str(tmp_path / "out")]) == 0
+    after = read_checkpoint(tmp_path / "out")
+    assert after[DOWN].dtype == torch.float8_e4m3fn and f"{DOWN}_scale_inv" in after
 
 
 def test_ignored_linears_are_ones_that_sglang_skips(model, tmp_path):
+    """Also a release that does not look for the parts of merged layers."""
     from sglang.srt.layers.quantization.utils import is_layer_skipped
 
     output = tmp_path / "out"
     ignore = ["model.layers.0.self_attn.[qkv]_proj", "*.down_proj", "*.1.mlp.*"]
     patterns = [part for pattern in ignore for part in ("--ignore", pattern)]
     assert main([str(model), str(output), *patterns]) == 0
-
     after = read_checkpoint(output)
-    listed = read_config(output)["quantization_config"]["modules_to_not_convert"]
+    listed = quantization_config(output)["modules_to_not_convert"]
     for layer in range(2):
         for name, merged in (
             ("self_attn.q_proj", "self_attn.qkv_proj"),
@@ -171,231 +200,171 @@ def test_ignored_linears_are_ones_that_sglang_skips(model, tmp_path):
             ("mlp.up_proj", "mlp.gate_up_proj"),
             ("mlp.down_proj", "mlp.down_proj"),
         ):
-            prefix = f"model.layers.{layer}"
-            kept = after[f"{prefix}.{name}.weight"].dtype == torch.bfloat16
-            assert kept == (f"{prefix}.{name}.weight_scale_inv" not in after)
-            assert kept == is_layer_skipped(f"{prefix}.{merged}", listed)
+            weight = f"model.layers.{layer}.{name}.weight"
+            kept = after[weight].dtype == torch.bfloat16
+            assert kept == (f"{weight}_scale_inv" not in after)
+            assert kept == is_layer_skipped(f"model.layers.{layer}.{merged}", listed)
     assert f"{ATTENTION}.qkv_proj" in listed
-
-
-def test_mixture_of_experts_router_and_head_stay(tmp_path):
-    source = write_checkpoint(
-        tmp_path / "in",
-        lm_head__weight=(64, 64),
-        model__embed_tokens__weight=(64, 64),
-        **weights(
-            mlp__gate=(8, 64),
-            mlp__experts__0__gate_proj=(64, 64),
-            mlp__experts__0__up_proj=(64, 64),
-            mlp__shared_experts__gate_proj=(64, 64),
-            mlp__shared_experts__up_proj=(64, 64),
-        ),
-    )
-    assert main([str(source), str(tmp_path / "out")]) == 0
-    config = read_config(tmp_path / "out")["quantization_config"]
-    assert config["modules_to_not_convert"] == ["lm_head", f"{LAYER}.mlp.gate"]
-    converted = read_checkpoint(tmp_path / "out")
-    assert sum(name.endswith("_scale_inv") for name in converted) == 4
-
-
-QKV = weights(
-    self_attn__q_proj=(64, 64), self_attn__k_proj=(64, 64), self_attn__v_proj=(64, 64)
-)
-
-
-@pytest.mark.parametrize(
-    "shapes, arguments, words",
-    [
-        pytest.param(
-            weights(mlp__down_proj=(64, 48)),
-            [],
-            [f"{LAYER}.mlp.down_proj.weight", "K = 48", "--ignore '*.down_proj'"],
-            id="K",
-        ),
-        pytest.param(
-            QKV,
-            ["--ignore", "*.k_proj"],
-            [f"{ATTENTION}.k_proj", "q_proj, k_proj, v_proj", "qkv_proj"],
-            id="part of qkv",
-        ),
-        pytest.param(
-            weights(mlp__gate_proj=(64, 64), mlp__up_proj=(64, 64)),
-            ["--ignore", f"{LAYER}.mlp.up_proj"],
-            [f"{LAYER}.mlp.up_proj", "gate_proj, up_proj"],
-            id="part of gate_up",
-        ),
-        pytest.param(
-            QKV, ["--ignore", "*.qproj"], ["'*.qproj'", "no linear"], id="typo"
-        ),
-        pytest.param(QKV, ["--ignore", "*"], ["no linear is left"], id="all ignored"),
-        pytest.param(
-            weights(mlp__gate=(8, 64), mlp__gate_proj=(64, 64), mlp__up_proj=(64, 64)),
-            [],
-            [f"{LAYER}.mlp.gate stays", "would then skip"],
-            id="name within a name",
-        ),
-        pytest.param(
-            {**QKV, "model__layers__0__mlp__experts__gate_up_proj": (2, 64, 64)},
-            [],
-            ["experts.gate_up_proj", "3-D"],
-            id="fused experts",
-        ),
-        pytest.param(
-            {**QKV, **weights(mlp__experts__0__w1=(64, 64))},
-            ["--ignore", "*.w1"],
-            [f"{LAYER}.mlp.experts.0.w1 is an expert"],
-            id="ignored expert",
-        ),
-        pytest.param(
-            weights(mlp__down_proj=torch.zeros(32, 32).to(torch.float8_e4m3fn)),
-            [],
-            [f"{LAYER}.mlp.down_proj.weight", "already quantized"],
-            id="fp8",
-        ),
-        pytest.param(
-            {**QKV, "model__layers__0__self_attn__q_proj__weight_scale_inv": (64, 2)},
-            [],
-            ["weight_scale_inv", "already quantized"],
-            id="scales",
-        ),
-        pytest.param(
-            weights(mlp__down_proj=torch.full((32, 32), torch.nan)),
-            [],
-            [f"{LAYER}.mlp.down_proj.weight", "NaN"],
-            id="NaN",
-        ),
-        pytest.param(QKV, ["--device", "cuda"], ["no CUDA device"], id="no device"),
-    ],
-)
-def test_refusals(shapes, arguments, words, tmp_path, capsys):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("a CUDA device is visible")
-    source = write_checkpoint(tmp_path / "in", **shapes)
-    assert_refused(
-        capsys, tmp_path, [str(source), str(tmp_path / "out"), *arguments], words
-    )
-
-
-@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
-def test_names_within_names_matter_to_sglang_alone(form, tmp_path):
-    """The other formats' readers compare whole names."""
-    shapes = weights(mlp__gate=(8, 64), mlp__gate_proj=(64, 64), mlp__up_proj=(64, 64))
-    source = write_checkpoint(tmp_path / "in", **shapes)
-    assert main([str(source), str(tmp_path / "out"), f"--format={form}"]) == 0
-    listed = read_config(tmp_path / "out")["quantization_config"]["ignore"]
-    assert listed == ["lm_head", f"{LAYER}.mlp.gate"]
-
-
-@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
-def test_part_of_a_merged_linear_is_refused_in_every_format(form, tmp_path, capsys):
-    source = write_checkpoint(tmp_path / "in", **QKV)
-    arguments = [str(source), str(tmp_path / "out"), f"--format={form}"]
-    words = [f"{ATTENTION}.k_proj", "q_proj, k_proj, v_proj", "qkv_proj"]
-    assert_refused(capsys, tmp_path, [*arguments, "--ignore", "*.k_proj"], words)
-
-
-@pytest.mark.parametrize("form", sorted(convert_to_mxfp8.FORMATS))
-def test_what_it_wrote_is_refused_as_input(form, tmp_path, capsys):
-    source, output = write_checkpoint(tmp_path / "in", **QKV), tmp_path / "out"
-    assert main([str(source), str(output), f"--format={form}"]) == 0
-    again = [str(output), str(tmp_path / "again")]
-    assert_refused(capsys, tmp_path, again, ["already quantized", "config.json"])
-    (output / "config.json").write_text("{}")
-    (output / "hf_quant_config.json").unlink(missing_ok=True)
-    assert_refused(capsys, tmp_path, again, [f"{ATTENTION}.", "already quantized"])
-
-
-def test_unknown_format(tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main([str(tmp_path / "in"), str(tmp_path / "out"), "--format=gguf"])
-    assert exit.value.code == 2
-    assert "'sglang', 'modelopt', 'compressed-tensors'" in capsys.readouterr().err
 
 
 def assert_refused(capsys, directory: Path, arguments, words) -> None:
     """Refused with 2 and one line that has `words`, and nothing is left in `directory`."""
     before = sorted(directory.rglob("*"))
     capsys.readouterr()
-    assert main(arguments) == 2
-    lines = [
-        line
-        for line in capsys.readouterr().err.splitlines()
-        if line.startswith("convert_to_mxfp8: ")
-    ]
-    assert len(lines) == 1
+    assert main([str(argument) for argument in arguments]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line and not line.startswith("Converting")]
+    assert len(lines) == 1 and lines[0].startswith("convert_to_mxfp8: ")
     assert all(word in lines[0] for word in words), lines[0]
     assert sorted(directory.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
-    "config", [{"quant_method": "fp8"}, {"quant_method": "mxfp8"}], ids=str
+    "tensors, config, arguments, words",
+    [
+        pytest.param(
+            {DOWN: torch.zeros(256, 528, dtype=torch.bfloat16)},
+            {},
+            [],
+            [DOWN, "K = 528", "--ignore '*.down_proj'"],
+            id="K",
+        ),
+        pytest.param(
+            {DOWN: torch.zeros(256, 0, dtype=torch.bfloat16)},
+            {},
+            [],
+            [DOWN, "[256, 0]", "fetch"],
+            id="no values",
+        ),
+        pytest.param(
+            {},
+            {},
+            ["--ignore", "*.k_proj"],
+            [QKV[1], "q_proj", "qkv_proj"],
+            id="part of qkv",
+        ),
+        pytest.param(
+            {},
+            {},
+            ["--ignore", "model.layers.0.mlp.up_proj", "--format=modelopt"],
+            ["model.layers.0.mlp.up_proj", "gate_proj, up_proj"],
+            id="part of gate_up",
+        ),
+        pytest.param(
+            {}, {}, ["--ignore", "*.qproj"], ["'*.qproj'", "no linear"], id="typo"
+        ),
+        pytest.param(
+            {}, {}, ["--ignore", "*"], ["no linear is left"], id="all ignored"
+        ),
+        pytest.param(
+            {DOWN: torch.zeros(256, 512).to(torch.float8_e4m3fn)},
+            {},
+            [],
+            [DOWN, "already quantized"],
+            id="fp8",
+        ),
+        pytest.param(
+            {f"{DOWN}_scale_inv": torch.ones(256, 16)},
+            {},
+            [],
+            ["weight_scale_inv", "already quantized"],
+            id="scales",
+        ),
+        pytest.param(
+            {DOWN: torch.full((256, 512), torch.nan)}, {}, [], [DOWN, "NaN"], id="NaN"
+        ),
+        pytest.param({}, {}, ["--device", "cuda"], ["no CUDA device"], id="no device"),
+        pytest.param(
+            {},
+            {"architectures": ["NobodysForCausalLM"]},
+            [],
+            ["sglang cannot serve", "NobodysForCausalLM"],
+            id="architecture",
+        ),
+        pytest.param(
+            {},
+            {"quantization_config": {"quant_method": "fp8"}},
+            [],
+            ["already quantized", "fp8", "original"],
+            id="config",
+        ),
+    ],
 )
-def test_already_quantized_config(config, tmp_path, capsys):
-    source = write_checkpoint(tmp_path / "in", {"quantization_config": config}, **QKV)
-    words = ["already quantized", config["quant_method"], "original"]
-    assert_refused(capsys, tmp_path, [str(source), str(tmp_path / "out")], words)
+def test_refusals(tensors, config, arguments, words, source, tmp_path, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("a CUDA device is visible")
+    path = source(tensors, **config)
+    assert_refused(capsys, tmp_path, [path, tmp_path / "out", *arguments], words)
 
 
-def test_already_quantized_by_modelopt(tmp_path, capsys):
-    source = write_checkpoint(tmp_path / "in", **QKV)
-    (source / "hf_quant_config.json").write_text("{}")
-    words = ["already quantized", "hf_quant_config.json"]
-    assert_refused(capsys, tmp_path, [str(source), str(tmp_path / "out")], words)
+@pytest.mark.parametrize("form", sorted(convert_to_mxfp8.FORMATS))
+def test_what_it_wrote_is_refused_as_input(form, model, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert main([str(model), str(output), f"--format={form}"]) == 0
+    again = [output, tmp_path / "again"]
+    assert_refused(capsys, tmp_path, again, ["already quantized", "config.json"])
+    (output / "config.json").write_text("{}")
+    if form == "modelopt":
+        assert_refused(capsys, tmp_path, again, ["hf_quant_config.json"])
+        (output / "hf_quant_config.json").unlink()
+    assert_refused(capsys, tmp_path, again, ["model.layers.", "already quantized"])
 
 
-def test_incomplete_checkpoints(tmp_path, capsys):
-    source = write_checkpoint(tmp_path / "in", **QKV)
-    arguments = [str(source), str(tmp_path / "out")]
-    weight = f"{ATTENTION}.q_proj.weight"
-
-    def index(**weight_map):
-        text = json.dumps({"weight_map": weight_map})
-        (source / "model.safetensors.index.json").write_text(text)
-
-    index(**{weight: "model-00001-of-00002.safetensors"})
-    words = ["model-00001-of-00002.safetensors is missing"]
-    assert_refused(capsys, tmp_path, arguments, words)
-
-    index(**{"other.weight": "model.safetensors"})
-    assert_refused(
-        capsys, tmp_path, arguments, ["model.safetensors lacks other.weight"]
-    )
-
-    (source / "model.safetensors.index.json").write_text("{")
-    assert_refused(capsys, tmp_path, arguments, ["is not JSON"])
-
-    (source / "model.safetensors.index.json").unlink()
-    file = source / "model.safetensors"
+def test_incomplete_checkpoints(source, tmp_path, capsys):
+    path = source()
+    arguments = [path, tmp_path / "out"]
+    file = path / "model.safetensors"
+    for weight_map, words in (
+        ({DOWN: "model-00001-of-00002.safetensors"}, "2.safetensors is missing"),
+        ({"other.weight": file.name}, f"{file.name} lacks other.weight"),
+        (None, "is not JSON"),
+    ):
+        text = "{" if weight_map is None else json.dumps({"weight_map": weight_map})
+        (path / INDEX).write_text(text)
+        assert_refused(capsys, tmp_path, arguments, [words])
+    (path / INDEX).unlink()
     file.write_bytes(file.read_bytes()[:-7])
-    assert_refused(capsys, tmp_path, arguments, ["model.safetensors is damaged"])
-
-    file.rename(source / "pytorch_model.bin")
+    assert_refused(capsys, tmp_path, arguments, [f"{file.name} is damaged"])
+    file.rename(path / "model.pt")
     assert_refused(capsys, tmp_path, arguments, ["has neither", "save_pretrained"])
-
-    (source / "config.json").unlink()
+    (path / "config.json").unlink()
     assert_refused(capsys, tmp_path, arguments, ["has no config.json"])
 
 
-def test_output_is_never_overwritten_unasked(tmp_path, capsys):
-    source = write_checkpoint(tmp_path / "in", **QKV)
-    output = tmp_path / "out"
+def test_paths(model, source, tmp_path, capsys):
+    path, output = source(), tmp_path / "out"
     output.mkdir()
     (output / "mine").write_text("precious")
-    arguments = [str(source), str(output)]
+    arguments = [path, output]
     assert_refused(capsys, tmp_path, arguments, ["is not empty", "--overwrite"])
-    assert_refused(capsys, tmp_path, [str(source)] * 2 + ["--overwrite"], ["inside"])
-    inside = str(source / "out")
-    assert_refused(capsys, tmp_path, [str(source), inside], ["inside one another"])
+    assert_refused(capsys, tmp_path, [path, path, "--overwrite"], ["inside"])
+    assert_refused(capsys, tmp_path, [path, path / "out"], ["inside one another"])
+    name = os.fsdecode(b"caf\xe9")
+    for paths in ([tmp_path / name, output], [path, tmp_path / name]):
+        assert_refused(capsys, tmp_path, paths, ["\\udce9", "UTF-8"])
 
-    assert main([*arguments, "--overwrite"]) == 0
-    assert read_config(output)["quantization_config"]["quant_method"] == "mxfp8"
+    assert main([str(path), str(output), "--overwrite"]) == 0
+    assert quantization_config(output)["quant_method"] == "mxfp8"
     assert not (output / "mine").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
+@pytest.mark.parametrize("shard_size", ["2GB", "300KB"])
+def test_a_full_disk(shard_size, model, tmp_path, capsys):
+    """As the kernel says it: no file may become larger than this."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        arguments = [model, tmp_path / "out", f"--max-shard-size={shard_size}"]
+        assert_refused(capsys, tmp_path, arguments, ["out was not written", "large"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, "SIGTERM"])
-def test_interrupted_run_leaves_what_was_there(interruption, tmp_path, monkeypatch):
-    source = write_checkpoint(tmp_path / "in", **QKV)
+def test_interrupted_run_leaves_what_was_there(
+    interruption, model, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine").write_text("precious")
@@ -405,10 +374,10 @@ def test_interrupted_run_leaves_what_was_there(interruption, tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(convert_to_mxfp8, "_write_json", interrupt)
+    monkeypatch.setattr(convert_to_mxfp8, "write_json", interrupt)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main([str(source), str(output), "--overwrite"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+        main([str(model), str(output), "--overwrite"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine").read_text() == "precious"
 
 
@@ -426,16 +395,20 @@ def test_staged_directory_needs_no_existing_parent(tmp_path):
     limit=st.integers(min_value=1, max_value=600),
 )
 def test_shard_plan(sizes, limit):
-    tensors = [Tensor(str(i), "f", "BF16", (s,), 2 * s) for i, s in enumerate(sizes)]
+    tensors = [Tensor(str(i), "f", "BF16", (size,)) for i, size in enumerate(sizes)]
     shards = _plan_shards(tensors, set(), limit)
     assert [tensor for shard in shards for tensor in shard] == tensors
     for shard in shards:
         assert len(shard) == 1 or sum(tensor.bytes for tensor in shard) <= limit
 
 
-@pytest.mark.parametrize("size", ["0GB", "GB", "-1MB", "1TB", ""])
-def test_sizes_that_are_none(size, capsys):
+@pytest.mark.parametrize(
+    "option, words",
+    [(f"--max-shard-size={s}", "say 500MB or 2GB") for s in ("0GB", "GB", "-1MB", "")]
+    + [("--format=gguf", "'sglang', 'modelopt', 'compressed-tensors'")],
+)
+def test_options_that_are_none(option, words, capsys):
     with pytest.raises(SystemExit) as exit:
-        main(["in", "out", f"--max-shard-size={size}"])
+        main(["in", "out", option])
     assert exit.value.code == 2
-    assert "say 500MB or 2GB" in capsys.readouterr().err
+    assert words in capsys.readouterr().err

@@ -16,19 +16,17 @@ from unittest import mock
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.quantization import fp8
+from sglang.srt.layers.quantization import fp8, mxfp8_names
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.mxfp8_formats import (
+    LayerList,
     describe_mxfp8,
     flat_modelopt_mxfp8,
-    is_mxfp8_layer,
-    renamed_layers,
 )
 from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_checkpoint_form
+from sglang.srt.layers.quantization.mxfp8_names import Mxfp8Plan
 from sglang.srt.model_loader.loader import DefaultModelLoader
-from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
-from sglang.srt.models.qwen3_vl import Qwen3VLForConditionalGeneration
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     TINY_LLAMA,
@@ -105,7 +103,10 @@ class TestDescription(CustomTestCase):
             ({**own, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
             (modelopt(), "modelopt", ["glob:lm_head"]),
             (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
+            (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
+            (modelopt(quant_algo="mxfp8"), "modelopt", ["glob:lm_head"]),
             (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
+            ({**own, "quant_method": "fp8"}, "mxfp8", []),
             ({**own, "scale_fmt": "UE8M0"}, "mxfp8", []),
             (compressed_tensors(), "compressed-tensors", ["glob:lm_head"]),
         ):
@@ -135,6 +136,28 @@ class TestDescription(CustomTestCase):
         )
         self.assertEqual(described["ignored_layers"], ["a", "b", "c"])
 
+    def test_entries_of_our_own_form_mean_what_they_say(self):
+        names = [
+            "model.layers.0.mlp.down_proj.weight",
+            "*.1.self_attn.*",
+            "re:.*o_proj",
+        ]
+        described = describe_mxfp8({"quant_method": "mxfp8", "ignored_layers": names})
+        self.assertEqual(describe_mxfp8(described), described)
+        listed = LayerList(described["ignored_layers"])
+        for name, is_mxfp8 in (
+            ("model.layers.0.mlp.down_proj", False),
+            ("model.layers.1.self_attn.qkv_proj", False),
+            ("model.layers.0.self_attn.o_proj", False),
+            ("model.layers.0.self_attn.qkv_proj", True),
+            ("model.layers.1.mlp.down_proj", True),
+        ):
+            self.assertEqual(listed.has_layer(name), is_mxfp8, name)
+
+    def test_an_hf_quant_config_that_says_nothing(self):
+        with self.assertRaisesRegex(ValueError, 'no "quantization", only producer'):
+            flat_modelopt_mxfp8({"producer": {"name": "modelopt"}})
+
     def test_an_fp8_cache_is_told(self):
         for config in (
             modelopt(kv_cache_scheme=FP8_CACHE),
@@ -151,6 +174,7 @@ class TestDescription(CustomTestCase):
             None,
             {},
             {"quant_method": "fp8", "activation_scheme": "dynamic"},
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
             {"quant_method": "modelopt", "quant_algo": "FP8"},
             {"quant_method": "modelopt", "quant_algo": "NVFP4"},
             modelopt(
@@ -190,6 +214,15 @@ class TestDescription(CustomTestCase):
                 "ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not served",
             ),
             (modelopt(group_size=16), "group_size 16"),
+            (modelopt(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo 'NVFP4'"),
+            (
+                compressed_tensors(kv_cache_scheme={**FP8_CACHE, "type": "int"}),
+                "kv_cache_scheme .*'int'.* is not served",
+            ),
+            (
+                {"quant_method": "fp8", "weight_block_size": [1, 32]},
+                'is MXFP8 only if .*"scale_fmt": "ue8m0"',
+            ),
             (
                 compressed_tensors(transform_config={"config_groups": {"u": {}}}),
                 "with a transform_config is not served",
@@ -235,9 +268,9 @@ class TestDescription(CustomTestCase):
 class TestLayerNames(CustomTestCase):
     def assert_kept(self, ignored, kept, quantized) -> None:
         for name in kept:
-            self.assertFalse(is_mxfp8_layer(name, ignored), name)
+            self.assertFalse(LayerList(ignored).has_layer(name), name)
         for name in quantized:
-            self.assertTrue(is_mxfp8_layer(name, ignored), name)
+            self.assertTrue(LayerList(ignored).has_layer(name), name)
 
     def test_globs(self):
         self.assert_kept(
@@ -253,6 +286,13 @@ class TestLayerNames(CustomTestCase):
                 "model.layers.10.self_attn.o_proj",
                 "model.lm_head_norm",
             ],
+        )
+
+    def test_what_llm_compressor_wraps(self):
+        self.assert_kept(
+            ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.linear"],
+            ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj.linear"],
+            ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
         )
 
     def test_a_module_is_all_its_layers(self):
@@ -337,41 +377,16 @@ class TestLayerNames(CustomTestCase):
                         with self.assertRaisesRegex(
                             ValueError, f"{fused} is one layer.*{names[-1]} not: "
                         ):
-                            is_mxfp8_layer(fused, [part])
+                            LayerList([part]).has_layer(fused)
 
     def test_one_expert_of_many(self):
-        with self.assertRaisesRegex(ValueError, "mlp.experts is one layer.*experts.5"):
-            is_mxfp8_layer(
-                "model.layers.3.mlp.experts",
-                ["glob:model.layers.3.mlp.experts.5.gate_proj"],
-            )
-
-    def test_the_layers_of_vision_models(self):
-        named = "model.language_model.layers.1.mlp.down_proj"  # by Hugging Face
-        mapped = "language_model.model.layers.1.mlp.down_proj"  # by the models' maps
-        for model, prefix in (
-            (Qwen2_5_VLForConditionalGeneration, "model.layers"),
-            (Qwen3VLForConditionalGeneration, "model.language_model.layers"),
-        ):
-            for kind in ("", "glob:", "re:"):
-                ignored = renamed_layers(
-                    [f"{kind}{named}", "glob:model.visual*"],
-                    model.hf_to_sglang_mapper.apply_list,
-                )
-                with self.subTest(model=model.__name__, kind=kind):
-                    if kind != "re:":
-                        self.assertIn(f"{kind}{mapped}", ignored)
-                    self.assert_kept(
-                        ignored,
-                        [f"{prefix}.1.mlp.down_proj", "visual.blocks.0.mlp.down_proj"],
-                        [f"{prefix}.0.mlp.down_proj", f"{prefix}.1.mlp.gate_up_proj"],
-                    )
-        self.assert_kept(
-            ["glob:model.vision_tower*"], ["vision_tower.encoder.fc1"], ["model.fc1"]
-        )
+        experts = "model.layers.3.mlp.experts"
+        modules = [f"{experts}.{i}.{p}_proj" for i in range(9) for p in ("gate", "up")]
+        with self.assertRaisesRegex(ValueError, f"{experts} is one layer.*, ... in"):
+            LayerList([f"glob:{experts}.5.gate_proj"]).has_layer(experts, modules)
 
     def test_a_layer_without_a_name_is_quantized(self):
-        self.assertTrue(is_mxfp8_layer("", ["glob:lm_head", "re:.+"]))
+        self.assertTrue(LayerList(["glob:lm_head", "re:.+"]).has_layer(""))
 
 
 def with_format(directory, tensors, quantization=None, files=()) -> str:
@@ -487,6 +502,21 @@ class TestLoading(FormatTestCase):
                 self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
                 self.assertEqual(attention.o_proj.weight.dtype, torch.float8_e4m3fn)
                 self.assert_holds(model, tensors)
+
+    def test_where_the_model_cannot_be_asked_layers_go_by_their_prefixes(self):
+        parts = [f"layers.1.self_attn.{part}_proj" for part in "qkv"]
+        config = modelopt(ignore=[f"model.{part}" for part in parts])
+        path = with_format(self.path("asked"), self.mixed(*parts), config)
+        with mock.patch.object(mxfp8_names, "ask_model", side_effect=KeyError("x")):
+            with self.assertLogs(mxfp8_names.logger, "WARNING"):
+                model = load_on_cpu(path)
+        attention = model.model.layers[1].self_attn
+        self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
+
+    def test_a_model_that_is_built_otherwise_than_asked(self):
+        choose = Mxfp8Plan([("model.a", True)]).chooser()
+        with self.assertRaisesRegex(ValueError, "model.b is built where model.a was"):
+            choose(None, "model.b")
 
     def test_a_list_with_a_part_of_a_fused_layer_is_refused(self):
         part = "model.layers.1.self_attn.k_proj"

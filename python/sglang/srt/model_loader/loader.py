@@ -1,6 +1,6 @@
 """
 _initialize_model
-    why: ModelOpt and compressed-tensors call an MXFP8 scale weight_scale; every load and update takes both names
+    why: which layers are in MXFP8 is said by a checkpoint's names, which the model is asked for; ModelOpt and compressed-tensors call an MXFP8 scale weight_scale
     until: upstream reads these formats
 
 DefaultModelLoader._get_all_weights
@@ -14,7 +14,7 @@ DefaultModelLoader._get_weights_iterator
 
 from overlay.marks import decorate, prepend
 
-from sglang.srt.layers.quantization.mxfp8_formats import takes_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8_names import takes_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8_numerics import reads_finite_weights
 
 

@@ -3,11 +3,15 @@ Fp8Config.get_min_capability
     why: emulation runs on any device
     until: never, as long as there is emulation
 
+Fp8Config.get_cache_scale
+    why: GraniteMoeHybrid asks every quantization config for it
+    until: upstream's base class has it
+
 Fp8Config.mxfp8_linear_options
     why: what can run is found out once per server, and before any layer is built
     until: upstream chooses per layer at load
 
-Fp8Config.from_config, Fp8Config.get_quant_method, Fp8Config.override_quantization_method, Fp8Config.apply_weight_name_mapper
+Fp8Config.from_config, Fp8Config.get_quant_method, Fp8Config.override_quantization_method, Fp8Config.mxfp8_plan, Fp8Config.choose_mxfp8, Fp8Config.mxfp8_layers
     why: which layers are in MXFP8 is decided in one place, for every checkpoint format and for the parts of fused layers
     until: upstream reads these formats
 
@@ -43,7 +47,7 @@ Fp8LinearMethod.apply
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from overlay.marks import append, drop, prepend, splice
 from torch.nn import Module
@@ -58,10 +62,10 @@ from sglang.srt.layers.quantization.fp8_utils import (
     get_fp8_gemm_runner_backend,
 )
 from sglang.srt.layers.quantization.mxfp8_formats import (
-    is_mxfp8_layer,
+    LayerList,
     names_the_format,
-    renamed_layers,
 )
+from sglang.srt.layers.quantization.mxfp8_names import Mxfp8Plan
 from sglang.srt.layers.quantization.mxfp8_routing import (
     Mxfp8LinearOptions,
     resolve_mxfp8_linear_backend,
@@ -78,10 +82,13 @@ if TYPE_CHECKING:
         is_layer_skipped,
         is_sm100_supported,
     )
-    from sglang.srt.models.utils import WeightsMapper
 
 
 class Fp8Config(QuantizationConfig):
+    # Of the model that is built by it: see mxfp8_names.
+    mxfp8_plan: Optional[Mxfp8Plan] = None
+    choose_mxfp8: Optional[Callable[[Module, str], bool]] = None
+
     @drop
     def from_config(cls):
         if use_mxfp8 and weight_block_size is not None:
@@ -90,17 +97,19 @@ class Fp8Config(QuantizationConfig):
     @splice
     def get_quant_method(self, layer, prefix, LinearBase, FusedMoE):
         if isinstance(layer, LinearBase):
-            quantized = self._quantizes(prefix)
+            quantized = self._quantizes(layer, prefix)
             return Fp8LinearMethod(self) if quantized else UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE):
-            if self.use_mxfp8 and not self._quantizes(prefix):
+            if self.use_mxfp8 and not self._quantizes(layer, prefix):
                 return None
             self._require_mxfp8_experts(prefix)
             return Fp8MoEMethod(self)
 
-    def _quantizes(self, prefix: str) -> bool:
+    def _quantizes(self, layer: Module, prefix: str) -> bool:
+        if self.choose_mxfp8 is not None:
+            return self.choose_mxfp8(layer, prefix)
         if self.use_mxfp8:
-            return is_mxfp8_layer(prefix, self.ignored_layers)
+            return self.mxfp8_layers.has_layer(prefix)
         return not is_layer_skipped(prefix, self.ignored_layers)
 
     def _require_mxfp8_experts(self, prefix: str) -> None:
@@ -113,17 +122,18 @@ class Fp8Config(QuantizationConfig):
                 "in bf16."
             )
 
+    @cached_property
+    def mxfp8_layers(self) -> LayerList:
+        return LayerList(self.ignored_layers)
+
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant) -> Optional[str]:
         """The answer is "mxfp8" for an MXFP8 checkpoint, if the flag names its format."""
         return "mxfp8" if names_the_format(user_quant, hf_quant_cfg) else None
 
-    def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
-        """Rename the layers that are not in MXFP8 as the model renames its weights."""
-        if self.use_mxfp8:
-            self.ignored_layers = renamed_layers(
-                self.ignored_layers, hf_to_sglang_mapper.apply_list
-            )
+    def get_cache_scale(self, name: str) -> Optional[str]:
+        """Asked by some models' loaders; load_kv_scales has taken such tensors before."""
+        return None
 
     def get_min_capability(self) -> int:
         if not self.use_mxfp8:

@@ -12,7 +12,7 @@ An entry of that list is one of
 Names are compared whatever "model." and "language_model." they begin with.
 """
 
-import functools
+import fnmatch
 import re
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
 
@@ -40,72 +40,83 @@ _FLAGS = {
     "compressed-tensors": ("compressed-tensors", "compressed_tensors"),
 }
 _UNLESS = "unless:"
+_GLOB = re.compile(r"[*?\[]")
+# What sglang's modules or a checkpoint's may be in.
+_LANGUAGE = "language_model."
+_WRAPPERS = ("", "model.", _LANGUAGE, f"{_LANGUAGE}model.", f"model.{_LANGUAGE}")
 _SERVED = (
     "MXFP8 is served from checkpoints of sglang's own form, ModelOpt and "
     "compressed-tensors (W8A8), and from bf16 ones with --quantization mxfp8"
 )
 
 
-def is_mxfp8_layer(name: str, ignored: Iterable[str]) -> bool:
-    """Whether the linear or the experts that sglang calls `name` are in MXFP8.
+class LayerList:
+    """Which layers a description's `ignored_layers` leave in MXFP8."""
 
-    Raises ValueError for a fused layer of which a checkpoint has only a part so.
-    """
-    targets = [entry for entry in ignored if entry.startswith(_UNLESS)]
-    ignored = [entry for entry in ignored if not entry.startswith(_UNLESS)]
+    def __init__(self, ignored: Iterable[str]) -> None:
+        ignored = list(ignored)
+        self._kept = _matcher(e for e in ignored if not e.startswith(_UNLESS))
+        targets = [entry for entry in ignored if entry.startswith(_UNLESS)]
+        self._targeted = _matcher(targets) if targets else lambda name: True
 
-    def has(layer: str) -> bool:
-        return not _matches(ignored, layer) and (
-            not targets or _matches(targets, layer)
-        )
+    def has(self, module: str) -> bool:
+        """Whether a checkpoint's module, by its own name, is in MXFP8."""
+        return not self._kept(module) and self._targeted(module)
 
-    parent, dot, last = name.rpartition(".")
-    families = [
-        [f"{parent}{dot}{part}" for part in parts]
-        for parts in _FUSED_PARTS.get(last, ())
-    ]
-    if not families:
-        return has(name)
-    for parts in families:
-        _refuse_split(name, parts, [part for part in parts if has(part)])
-    parts = sum(families, [])
-    if not all(map(has, parts)):
+    def has_layer(self, name: str, modules: Iterable[str] = ()) -> bool:
+        """Whether the linear or the experts that sglang calls `name` are in MXFP8.
+
+        `modules` are the checkpoint's that it is made of; where they are not known, what
+        it is usually made of. Raises ValueError for a layer of which only a part is so.
+        """
+        parent, dot, last = name.rpartition(".")
+        usual = _FUSED_PARTS.get(last, ())
+        families = [[f"{parent}{dot}{part}" for part in parts] for parts in usual]
+        if modules:
+            families = [list(modules)]
+        for parts in families:
+            _refuse_split(name, parts, [part for part in parts if self.has(part)])
+        parts = sum(families, [])
+        if all(map(self.has, parts or [name])):
+            return not self._kept(name)
         # A checkpoint that is fused as sglang is (Phi-3) may be targeted by that name.
-        return not any(_matches(ignored, part) for part in parts) and has(name)
-    if last == "experts":
-        below = [entry for entry in ignored if f"{_bare(name)}." in entry]
-        _refuse_split(name, ["the others", *below], ["the others"])
-    return not _matches(ignored, name)
+        unknown = not modules and not any(map(self._kept, parts))
+        return unknown and self.has(name)
 
 
 def _refuse_split(name: str, parts: List[str], mxfp8: List[str]) -> None:
     if 0 < len(mxfp8) < len(parts):
-        kept = ", ".join(part for part in parts if part not in mxfp8)
+        kept = [part for part in parts if part not in mxfp8]
         raise ValueError(
             f"{name} is one layer here, but the checkpoint's quantization config has "
-            f"{', '.join(mxfp8)} in MXFP8 and {kept} not: quantize all or none of them"
+            f"{_listed(mxfp8)} in MXFP8 and {_listed(kept)} not: quantize all or none of "
+            "them"
         )
 
 
-def renamed_layers(
-    ignored: Iterable[str], rename: Callable[[List[str]], List[str]]
-) -> List[str]:
-    """The list with each entry also as a model's map of weight names has it."""
-    entries = list(ignored)
-    for entry in ignored:
-        kind, body = _split(entry)
-        entries += [f"{kind}{new}" for new in rename([body])]
-    return _unique(entries)
+def _listed(names: List[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def flat_modelopt_mxfp8(config: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """hf_quant_config.json as config.json would say it, if there is MXFP8 in it."""
-    quantization = config["quantization"]
+    """hf_quant_config.json as config.json would say it, if there is MXFP8 in it.
+
+    Raises ValueError where it says nothing that its readers look for.
+    """
+    quantization = config.get("quantization", config)
     layers = quantization.get("quantized_layers") or {}
-    algorithms = [layer.get("quant_algo") for layer in layers.values()]
-    if "MXFP8" not in (quantization.get("quant_algo"), *algorithms):
-        return None
-    return {**quantization, "quant_method": "modelopt"}
+    algorithms = [_algorithm(settings) for settings in (quantization, *layers.values())]
+    if "MXFP8" in algorithms:
+        return {**quantization, "quant_method": "modelopt"}
+    if "quantization" not in config:
+        raise ValueError(
+            f'hf_quant_config.json has no "quantization", only {_listed(sorted(config))}'
+        )
+    return None
+
+
+def _algorithm(settings: Dict[str, Any]) -> str:
+    return str(settings.get("quant_algo")).upper()
 
 
 def names_the_format(flag: Optional[str], config: Dict[str, Any]) -> bool:
@@ -164,8 +175,26 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
     ]
     return {
         "mxfp8_format": config.get("mxfp8_format", "mxfp8"),
-        "ignored_layers": _unique(ignored),
+        "ignored_layers": _unique(map(_as_own_entry, ignored)),
     }
+
+
+def _as_own_entry(name: str) -> str:
+    """An entry with a kind has been read before."""
+    if _split(name)[0]:
+        return name
+    return f"glob:{name}" if _GLOB.search(name) else name
+
+
+def _read_fp8(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, Any]]:
+    if config.get("weight_block_size") != [1, GROUP_SIZE]:
+        return None
+    if str(config.get("scale_fmt")).lower() != "ue8m0":
+        raise ValueError(
+            f'quant_method "fp8" with weight_block_size [1, {GROUP_SIZE}] is MXFP8 only if '
+            'its scales are E8M0 bytes: say so with "scale_fmt": "ue8m0"'
+        )
+    return _read_sglang(config, as_w8a8)
 
 
 def _unique(names: Iterable[str]) -> List[str]:
@@ -173,7 +202,7 @@ def _unique(names: Iterable[str]) -> List[str]:
 
 
 def _read_modelopt(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, Any]]:
-    algorithm = config.get("quant_algo")
+    algorithm = _algorithm(config)
     if algorithm == "MIXED_PRECISION":
         _refuse_mixed_mxfp8(config.get("quantized_layers") or {})
     if algorithm != "MXFP8":
@@ -185,16 +214,15 @@ def _read_modelopt(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, 
             f"{GROUP_SIZE}"
         )
     ignored = config.get("ignore") or config.get("exclude_modules") or ()
-    fp8_cache = config.get("kv_cache_quant_algo") == "FP8"
     return {
         "mxfp8_format": "modelopt",
         "ignored_layers": [f"glob:{name}" for name in ignored],
-        **_kv_cache(fp8_cache or _is_fp8(config.get("kv_cache_scheme"))),
+        **_kv_cache(config),
     }
 
 
 def _refuse_mixed_mxfp8(layers: Dict[str, Dict[str, Any]]) -> None:
-    algorithms = sorted({str(layer.get("quant_algo")) for layer in layers.values()})
+    algorithms = sorted({_algorithm(layer) for layer in layers.values()})
     if "MXFP8" in algorithms:
         raise ValueError(
             f"ModelOpt MIXED_PRECISION of {', '.join(algorithms)} is not served. {_SERVED}."
@@ -229,7 +257,7 @@ def _read_compressed_tensors(
     return {
         "mxfp8_format": "compressed-tensors",
         "ignored_layers": ignored + _unless_targeted(groups),
-        **_kv_cache(_is_fp8(config.get("kv_cache_scheme"))),
+        **_kv_cache(config),
     }
 
 
@@ -276,14 +304,14 @@ def _is_mxfp8(scheme: Optional[Dict[str, Any]]) -> bool:
     )
 
 
-def _is_fp8(scheme: Optional[Dict[str, Any]]) -> bool:
-    return (
-        bool(scheme) and scheme.get("num_bits") == 8 and scheme.get("type") == "float"
-    )
-
-
-def _kv_cache(is_fp8: bool) -> Dict[str, str]:
-    return {"kv_cache_quant_algo": "FP8"} if is_fp8 else {}
+def _kv_cache(config: Dict[str, Any]) -> Dict[str, str]:
+    scheme = config.get("kv_cache_scheme")
+    algorithm = config.get("kv_cache_quant_algo")
+    if scheme and not (scheme.get("num_bits") == 8 and scheme.get("type") == "float"):
+        raise ValueError(f"kv_cache_scheme {scheme} is not served, only 8-bit floats")
+    if algorithm and str(algorithm).upper() != "FP8":
+        raise ValueError(f"kv_cache_quant_algo {algorithm!r} is not served, only 'FP8'")
+    return {"kv_cache_quant_algo": "FP8"} if scheme or algorithm else {}
 
 
 def _as_pattern(name: str) -> str:
@@ -299,6 +327,7 @@ def _refuse_auto_round(config: Dict[str, Any], as_w8a8: bool) -> None:
 
 _READERS = {
     "mxfp8": _read_sglang,
+    "fp8": _read_fp8,
     "modelopt": _read_modelopt,
     "compressed-tensors": _read_compressed_tensors,
     "auto-round": _refuse_auto_round,
@@ -314,60 +343,43 @@ def with_mxfp8_names(
         yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor
 
 
-def takes_mxfp8_names(initialize_model: Callable) -> Callable:
-    """Make the MXFP8 models that a function builds load any format's tensor names."""
+def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
+    """Whether any of these entries has a name, in whatever modules the name is wrapped."""
+    modules, patterns = set(), []
+    for entry in entries:
+        kind, body = _split(entry)
+        if not kind.endswith("re:"):
+            # Some lists have a layer's weight, or what llm-compressor wraps it in.
+            body = re.sub(r"(?<=\w)\.(weight|linear)$", "", body)
+        if kind.endswith("glob:") and "." in body and not _GLOB.search(body):
+            modules.add(bare_name(body))
+        else:
+            patterns.append(re.compile(_regex(kind, body)))
 
-    @functools.wraps(initialize_model)
-    def initialize(model_config, load_config, quant_config=None):
-        model = initialize_model(model_config, load_config, quant_config)
-        if getattr(quant_config, "use_mxfp8", False):
-            load_weights = model.load_weights
+    def matches(name: str) -> bool:
+        bare = bare_name(name)
+        ends = [match.start() for match in re.finditer(r"\.|$", bare)]
+        if not modules.isdisjoint(bare[:end] for end in ends):
+            return True
+        names = [name, *(wrapper + bare for wrapper in _WRAPPERS if bare)]
+        return any(pattern.match(alias) for pattern in patterns for alias in names)
 
-            @functools.wraps(load_weights)
-            def load_named_weights(weights, *args, **kwargs):
-                return load_weights(with_mxfp8_names(weights), *args, **kwargs)
-
-            model.load_weights = load_named_weights
-        return model
-
-    return initialize
-
-
-def _matches(entries: Iterable[str], layer: str) -> bool:
-    names = _aliases(layer)
-    return any(_regex(entry).match(name) for entry in entries for name in names)
-
-
-@functools.lru_cache(maxsize=None)
-def _aliases(layer: str) -> Tuple[str, ...]:
-    """A layer's name, in whatever a model's modules or a checkpoint's are wrapped."""
-    if not layer:
-        return ("",)
-    wrappers = (
-        "",
-        "model.",
-        "language_model.",
-        "language_model.model.",
-        "model.language_model.",
-    )
-    return (layer, *(f"{wrapper}{_bare(layer)}" for wrapper in wrappers))
+    return matches
 
 
-def _bare(layer: str) -> str:
-    return re.sub(r"^((model|language_model)\.)+", "", layer)
+def bare_name(name: str) -> str:
+    """A layer's name without what models and checkpoints wrap their layers in."""
+    return re.sub(r"^((model|language_model)\.)+", "", name)
 
 
-@functools.lru_cache(maxsize=None)
-def _regex(entry: str) -> "re.Pattern[str]":
-    kind, body = _split(entry)
+def _regex(kind: str, body: str) -> str:
     if kind.endswith("re:"):
-        return re.compile(body)
-    literal = re.escape(body)
+        return body
     if not kind.endswith("glob:"):
-        return re.compile(f".*{literal}")
-    any_text = literal.replace(r"\*", ".*").replace(r"\?", ".")
+        return f".*{re.escape(body)}"
     anywhere = "" if "." in body else r"(.*\.)?"
-    return re.compile(rf"{anywhere}{any_text}(\..*)?$")
+    pattern = fnmatch.translate(body)[:-2]  # but the end of the string
+    return rf"{anywhere}{pattern}(\..*)?$"
 
 
 def _split(entry: str) -> Tuple[str, str]:

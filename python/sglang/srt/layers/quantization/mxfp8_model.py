@@ -20,6 +20,7 @@ from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8_agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8_formats import with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8_names import on_meta_device
 from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8_routing import (
     ANY_M,
@@ -435,28 +436,15 @@ def _meta_model_builder(
     loader, model_config, quant_config
 ) -> Callable[[], torch.nn.Module]:
     """Builds the model again on the meta device: its loaders and shapes, no memory."""
-    from sglang.srt.model_loader.loader import (
-        _initialize_model,
-        set_default_torch_dtype,
-    )
-    from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
+    from sglang.srt.model_loader.loader import _initialize_model
 
     get_model_architecture(model_config)  # imports models, which needs a real device
     # Updates move model_config.model_path, and its files may go; the model stays.
     config, load_config = copy.copy(model_config), loader.load_config
 
     def build() -> torch.nn.Module:
-        offloader, dtype = get_offloader(), torch.get_default_dtype()
-        set_offloader(NoopOffloader())
-        try:
-            with set_default_torch_dtype(config.dtype), torch.device("meta"):
-                return _initialize_model(
-                    config, load_config, copy.deepcopy(quant_config)
-                )
-        finally:
-            set_offloader(offloader)
-            # Upstream's context leaves its own behind an exception.
-            torch.set_default_dtype(dtype)
+        with on_meta_device(config.dtype):
+            return _initialize_model(config, load_config, copy.deepcopy(quant_config))
 
     return build
 

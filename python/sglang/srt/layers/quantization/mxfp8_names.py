@@ -1,0 +1,419 @@
+"""Which tensors of a checkpoint each layer of a model is loaded from: the model is asked.
+
+Models rename what they load, fuse it, and build linears under other names or none. A copy
+of the model on the meta device, unquantized, loads the checkpoint's names; where each one
+arrives is what lists of layers, scales of the KV cache and the converter go by.
+"""
+
+import contextlib
+import copy
+import functools
+import logging
+import re
+from dataclasses import dataclass, field
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+
+import torch
+from safetensors import safe_open
+from torch.utils._pytree import tree_map_only
+
+from sglang.srt.layers.quantization.mxfp8_formats import (
+    bare_name,
+    with_mxfp8_names,
+)
+
+logger = logging.getLogger(__name__)
+
+Weights = Iterable[Tuple[str, torch.Tensor]]
+Shapes = Dict[str, Tuple[int, ...]]
+
+_KV_SCALE = re.compile(
+    r"\.(?:(?P<kind>k|v|kv)_scale|(?P<quark>k|v)_proj\.output_scale)$"
+)
+# The attention layers of models on the Transformers backend, by number.
+_OUTSIDE = "attention_instances"
+_IS_SCALE = re.compile(r"_scale(_inv|_2)?$")
+
+
+@dataclass
+class Layer:
+    """A linear, or the experts, that a model builds by its quantization config."""
+
+    prefix: str  # what the model's code calls it
+    module: torch.nn.Module
+    path: str = ""  # in the model; empty if the model has dropped it
+    tensors: Set[str] = field(default_factory=set)  # the checkpoint's, that it loads
+    transposed: Set[str] = field(default_factory=set)  # those that it transposes
+
+    @property
+    def modules(self) -> List[str]:
+        return sorted({module_of(name) for name in self.tensors})
+
+
+@dataclass
+class ModelNames:
+    """What a model does with the names of a checkpoint.
+
+    layers: in the order in which they are built, which is the same every time.
+    places: for each tensor that the model takes, the modules that it goes to.
+    attention: the attention layers that have a KV cache.
+    """
+
+    layers: List[Layer]
+    places: Dict[str, Set[str]]
+    attention: List[str]
+
+    @functools.cached_property
+    def parents(self) -> Dict[str, str]:
+        """A module of the checkpoint's, and the model's that its members go to."""
+        return {
+            _parent(module_of(name)): _parent(path)
+            for name, paths in self.places.items()
+            for path in paths
+        }
+
+    def attention_of(self, scale: str) -> List[str]:
+        """The attention layers that a scale of the KV cache belongs to.
+
+        None of them, where the model does not load that layer of the checkpoint's.
+        Raises ValueError where it does, and has no KV cache there.
+        """
+        known = [self.parents[name] for name in _above(scale) if name in self.parents]
+        if not known:
+            return []
+        found = [path for path in self.attention if path.startswith(f"{known[0]}.")]
+        number = re.search(r"layers\.(\d+)", known[0])
+        if not found and number:
+            outside = f"{_OUTSIDE}.{number[1]}"
+            found = [path for path in self.attention if path == outside]
+        if not found:
+            raise ValueError(f"{scale}: the model has no KV cache in {known[0]}")
+        return found
+
+
+class _Probe(torch.Tensor):
+    """A meta tensor that notes which storage it, or what is made of it, is copied to."""
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, names: Set[str], note: Callable) -> "_Probe":
+        probe = torch.Tensor._make_subclass(cls, tensor)
+        probe.origins, probe.note = names, note
+        return probe
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.item:
+            return 0.0
+        probes = [probe for probe in _flat(args) if isinstance(probe, cls)]
+        if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
+            with torch._C.DisableTorchFunctionSubclass():
+                for probe in probes:
+                    probe.note(probe.origins, args[0], args[-1])
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        if not isinstance(result, (torch.Tensor, list, tuple)) or not probes:
+            return result
+        origins = set().union(*(probe.origins for probe in probes))
+        wrap = lambda tensor: cls.of(tensor, origins, probes[0].note)
+        return tree_map_only(torch.Tensor, wrap, result)
+
+
+def _flat(values) -> Iterator:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def ask_model(
+    initialize: Callable, model_config, load_config, quant_config, shapes: Shapes
+) -> ModelNames:
+    """The names that a model has for a checkpoint's tensors of these `shapes`.
+
+    `initialize` is the loaders' `_initialize_model`. Raises what the model's code does.
+    """
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    layers: List[Layer] = []
+
+    def record(module: torch.nn.Module, prefix: str) -> bool:
+        layers.append(Layer(prefix, module))
+        return False
+
+    asked = copy.deepcopy(quant_config)
+    asked.choose_mxfp8 = record
+    get_model_architecture(model_config)  # imports models, which is not for meta
+    with on_meta_device(model_config.dtype):
+        model = initialize(model_config, load_config, asked)
+        give_kv_scales(model, asked)
+    # It computes with the weights, which the meta device has not.
+    if hasattr(model, "post_load_weights"):
+        model.post_load_weights = lambda *args, **kwargs: None
+    owners = {
+        parameter.untyped_storage()._cdata: path
+        for path, module in model.named_modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    places: Dict[str, Set[str]] = {}
+    transposed: Set[str] = set()
+
+    def note(names: Set[str], target: torch.Tensor, source: torch.Tensor) -> None:
+        path = owners.get(target.untyped_storage()._cdata)
+        if path is not None:
+            for name in names:
+                places.setdefault(name, set()).add(path)
+            if source.dim() == 2 and min(source.shape) > 1 and source.stride(1) > 1:
+                transposed.update(names)
+
+    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    model.load_weights(
+        (name, _Probe.of(empty(shape), {name}, note)) for name, shape in shapes.items()
+    )
+    arrived: Dict[str, Set[str]] = {}
+    for name, paths in places.items():
+        for path in paths:
+            arrived.setdefault(path, set()).add(name)
+    paths = {id(module): path for path, module in model.named_modules()}
+    for layer in layers:
+        layer.path = paths.get(id(layer.module), "")
+        layer.tensors = arrived.get(layer.path, set()) if layer.path else set()
+        layer.transposed = layer.tensors & transposed
+    return ModelNames(layers, places, list(kv_caches(model)))
+
+
+@dataclass
+class Mxfp8Plan:
+    """Which layers of a model are in MXFP8, and where scales of its KV cache belong.
+
+    Made once, when the model is first built, and followed each time that it is.
+
+    layers: (prefix, whether it is in MXFP8) in the order of construction; None where
+        layers go by their prefixes.
+    attention: the attention layers of each such scale that the checkpoint has.
+    """
+
+    layers: Optional[List[Tuple[str, bool]]] = None
+    attention: Dict[str, List[str]] = field(default_factory=dict)
+
+    def chooser(self) -> Optional[Callable[[torch.nn.Module, str], bool]]:
+        """Says of each layer, in the order of construction, whether it is in MXFP8."""
+        if self.layers is None:
+            return None
+        layers = iter(self.layers)
+
+        def choose(module: torch.nn.Module, prefix: str) -> bool:
+            expected, in_mxfp8 = next(layers, (None, False))
+            if prefix != expected:
+                raise ValueError(
+                    f"{prefix} is built where {expected} was when the model was asked "
+                    "which layers it has"
+                )
+            return in_mxfp8
+
+        return choose
+
+    def attention_of(self, scale: str, caches: Iterable[str]) -> List[str]:
+        """The attention layers that a scale of the KV cache belongs to.
+
+        Raises ValueError for one that the checkpoint did not have and no layer's name has.
+        """
+        if scale not in self.attention:
+            around = {bare_name(name) for name in _above(scale)}
+            found = [path for path in caches if bare_name(_parent(path)) in around]
+            if not found:
+                raise ValueError(f"{scale}: the model has no such KV cache")
+            self.attention[scale] = found
+        return self.attention[scale]
+
+
+def plan_mxfp8(
+    initialize: Callable, model_config, load_config, quant_config
+) -> Mxfp8Plan:
+    """The plan of a model that is about to be built, by the headers of its checkpoint.
+
+    Where there are none, and where the model cannot be asked, layers go by their prefixes.
+    Raises ValueError for a fused layer of which only a part is in MXFP8, and for a scale
+    of a KV cache that the model does not have.
+    """
+    listed = quant_config.mxfp8_layers
+    shapes = _shapes(model_config, load_config)
+    scales = [name for name in shapes if _KV_SCALE.search(name)]
+    wanted = {group for name in scales for group in _above(name)}
+    wanted |= {_group(n) for n in shapes if not listed.has(module_of(n))}
+    shapes = {
+        name: shape
+        for name, shape in shapes.items()
+        if _group(name) in wanted and not _IS_SCALE.search(name)
+    }
+    if not shapes:
+        return Mxfp8Plan()
+    try:
+        names = ask_model(initialize, model_config, load_config, quant_config, shapes)
+    except Exception as error:
+        logger.warning(
+            "The model cannot be asked for the checkpoint's names: %r", error
+        )
+        return Mxfp8Plan()
+    layers = [
+        (layer.prefix, listed.has_layer(layer.path or layer.prefix, layer.modules))
+        for layer in names.layers
+    ]
+    return Mxfp8Plan(layers, {name: names.attention_of(name) for name in scales})
+
+
+@contextlib.contextmanager
+def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
+    """Models built within it have shapes and loaders, and no memory."""
+    from sglang.srt.layers.rotary_embedding import _ROPE_DICT
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+    from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
+
+    offloader, before = get_offloader(), torch.get_default_dtype()
+    ropes = dict(_ROPE_DICT)  # a real model must not find those of one on meta
+    set_offloader(NoopOffloader())
+    try:
+        with set_default_torch_dtype(dtype), torch.device("meta"):
+            yield
+    finally:
+        set_offloader(offloader)
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(ropes)
+        # Upstream's context leaves its own behind an exception.
+        torch.set_default_dtype(before)
+
+
+def give_kv_scales(model: torch.nn.Module, quant_config) -> None:
+    """Give every attention layer scales for its KV cache: not all models' code does."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    if isinstance(getattr(model, _OUTSIDE, None), list):
+        setattr(model, _OUTSIDE, torch.nn.ModuleList(getattr(model, _OUTSIDE)))
+    for name, module in model.named_modules():
+        if isinstance(module, RadixAttention) and module.quant_method is None:
+            module.quant_method = quant_config.get_quant_method(module, name)
+            module.quant_method.create_weights(module)
+
+
+def kv_caches(model: torch.nn.Module) -> Dict[str, torch.nn.Module]:
+    """A model's attention layers that have scales for a KV cache, by name."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "k_scale", None), torch.nn.Parameter)
+    }
+    # DeepSeek's second one, of prefills, reads no cache.
+    twins = {name.replace(".attn_mqa", ".attn_mha") for name in found if "mqa" in name}
+    return {name: module for name, module in found.items() if name not in twins}
+
+
+def module_of(tensor: str) -> str:
+    """The checkpoint's module that a tensor belongs to; itself, if it has no layer's name."""
+    return tensor.removesuffix(".weight").removesuffix(".bias")
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _group(tensor: str) -> str:
+    """Tensors that one layer may be made of have a group in common."""
+    module = module_of(tensor)
+    before, experts, _ = module.partition(".experts.")
+    return before if experts else _parent(module)
+
+
+def _above(scale: str) -> List[str]:
+    """The modules around a scale of the KV cache: its layer's, if any, and its attention's."""
+    first = _parent(scale)
+    return [first, _parent(first), _parent(_parent(first))]
+
+
+def _shapes(model_config, load_config) -> Shapes:
+    """Of a checkpoint's tensors, from its headers; empty where there are none."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+
+    loader = get_model_loader(load_config, model_config)
+    if not isinstance(loader, DefaultModelLoader):
+        return {}
+    shapes: Shapes = {}
+    try:
+        _, files, use_safetensors = loader._prepare_weights(
+            model_config.model_path, model_config.revision, True
+        )
+        for path in files if use_safetensors else ():
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
+    except Exception:  # reading the weights says what is wrong with them
+        return {}
+    return shapes
+
+
+def takes_mxfp8_names(initialize_model: Callable) -> Callable:
+    """Make the MXFP8 models that a function builds go by a checkpoint's names.
+
+    Their layers are those that its config lists, and they load any format's scales.
+    """
+
+    @functools.wraps(initialize_model)
+    def initialize(model_config, load_config, quant_config=None):
+        is_asked = getattr(quant_config, "choose_mxfp8", None) is not None
+        if is_asked or not getattr(quant_config, "use_mxfp8", False):
+            return initialize_model(model_config, load_config, quant_config)
+        if quant_config.mxfp8_plan is None:
+            quant_config.mxfp8_plan = plan_mxfp8(
+                initialize_model, model_config, load_config, quant_config
+            )
+        plan = quant_config.mxfp8_plan
+        quant_config.choose_mxfp8 = plan.chooser()
+        model = initialize_model(model_config, load_config, quant_config)
+        quant_config.choose_mxfp8 = None
+        give_kv_scales(model, quant_config)
+        load_weights = model.load_weights
+
+        @functools.wraps(load_weights)
+        def load_named_weights(weights, *args, **kwargs):
+            named = load_kv_scales(model, plan, with_mxfp8_names(weights))
+            return load_weights(named, *args, **kwargs)
+
+        model.load_weights = load_named_weights
+        return model
+
+    return initialize
+
+
+def load_kv_scales(model: torch.nn.Module, plan, weights: Weights) -> Weights:
+    """Load the scales of the KV cache among `weights`, and yield the others.
+
+    Raises ValueError, naming it, for a scale that has no place in the model, is not one
+    number, or not positive.
+    """
+    caches = None
+    for name, tensor in weights:
+        match = _KV_SCALE.search(name)
+        if match is None:
+            yield name, tensor
+            continue
+        caches = kv_caches(model) if caches is None else caches
+        kinds = match["kind"] or match["quark"]
+        for path in plan.attention_of(name, caches):
+            for kind in kinds:
+                _set_kv_scale(caches[path], f"{kind}_scale", name, tensor)
+
+
+def _set_kv_scale(
+    cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
+) -> None:
+    if scale.numel() != 1:
+        raise ValueError(
+            f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"
+        )
+    if not scale.is_meta and not 0 < scale.item() < float("inf"):
+        raise ValueError(f"{name} is {scale.item()}: a scale is a positive number")
+    getattr(cache, kind).data.copy_(scale.reshape(()))
+    # What the attention kernels take, once it is made of the first scales.
+    if getattr(cache, f"{kind}_float") is not None:
+        setattr(cache, f"{kind}_float", scale.item())
