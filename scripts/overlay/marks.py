@@ -4,13 +4,13 @@ reads them from the source, and nothing here ever runs in a merged tree.
 - `@prepend`, `@append`: the body goes to the start (after the docstring) or the end of
   upstream's function.
 - `@splice`: each statement of the body takes the place of upstream's one statement with
-  the same head. A call with `...` among its arguments replaces only those it names.
+  the same head.
 - `@drop`: removes the function or class; with statements in its body, removes upstream's
   statements with these heads instead.
 - `@decorate`: the other decorators of the def are added to upstream's function.
 
-`@splice(within=...)` and `@drop(within=...)` name the heads, outermost first, of blocks
-around the statement, where its own head is ambiguous.
+`@splice(within=...)` and `@drop(within=...)` name the heads of blocks around the
+statement, where its own head is ambiguous; source.py says what a head is.
 """
 
 

@@ -78,7 +78,6 @@ if TYPE_CHECKING:
         is_layer_skipped,
         is_sm100_supported,
     )
-    from sglang.srt.models.utils import WeightsMapper
 
 
 class Fp8Config(QuantizationConfig):
@@ -118,7 +117,7 @@ class Fp8Config(QuantizationConfig):
         """The answer is "mxfp8" for an MXFP8 checkpoint, if the flag names its format."""
         return "mxfp8" if names_the_format(user_quant, hf_quant_cfg) else None
 
-    def apply_weight_name_mapper(self, hf_to_sglang_mapper: WeightsMapper) -> None:
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper) -> None:
         """Rename the layers that are not in MXFP8 as the model renames its weights."""
         if self.use_mxfp8:
             self.ignored_layers = renamed_layers(
