@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from overlay.imports import FORMATTERS, undefined
+from overlay.imports import tidy, undefined
 from overlay.plan import Change
-from overlay.release import PACKAGE
+from overlay.release import Tree
 
 STAND_INS = Path(__file__).parents[1] / "cpu_stand_ins"
+PYTHON = [sys.executable, "-W", "ignore", "-c"]
 IMPORT = """
 import importlib, json, sys
 report, stand_ins, *names = sys.argv[1:]
@@ -37,50 +38,32 @@ def lint(changes: list[Change]) -> list[str]:
     for change in changes:
         if change.path.endswith(".py"):
             old, new = (change.old or b"").decode(), change.new.decode()
-            for name, formatted in FORMATTERS.items():
-                if formatted(new) != new and formatted(old) == old:
-                    found.append(f"{change.path}: {name} would change it")
+            if tidy(old, new) != new:
+                found.append(f"{change.path}: ruff, isort or black would change it")
             names = sorted(undefined(new) - undefined(old))
             found += [f"{change.path}: `{name}` is undefined" for name in names]
     return found
 
 
-def imports(changes: list[Change], tree) -> tuple[list[str], str]:
-    """The merged modules that cannot be imported, and what was done, or why it was not.
-    A module that needs a package which is not here is only counted."""
-    changed = {c.path: c.new for c in changes if c.path.startswith(PACKAGE)}
-    names = [path[7:-3].replace("/", ".") for path in changed if path.endswith(".py")]
+def imports(package: dict[str, bytes], tree: Tree) -> tuple[list[str], str]:
+    """Which of the merged modules cannot be imported, and what was done, or why it was
+    not. A module that needs a package which is not here is only counted."""
+    names = [path[7:-3].replace("/", ".") for path in package if path.endswith(".py")]
     if installed_release() != tree.version:
-        told = f"not imported: .venv has no packages for {tree.label}"
-        return (
-            [],
-            f"{told} ({installed_release() or './scripts/setup.sh installs them'})",
-        )
+        here = installed_release() or "./scripts/setup.sh installs them"
+        return [], f"not imported: .venv has no packages for {tree.label} ({here})"
     with TemporaryDirectory() as folder:
-        tree.copy_package(Path(folder), changed)
+        tree.copy_package(Path(folder), package)
         environment = {"PYTHONPATH": f"{folder}/python", "SGLANG_USE_CPU_ENGINE": "1"}
         report = Path(folder, "failed.json")
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            IMPORT,
-            report,
-            STAND_INS,
-            *names,
-        ]
+        report.write_text('{"the import": "ends its process"}')
+        command = [*PYTHON, IMPORT, report, STAND_INS, *names]
         subprocess.run(command, env=os.environ | environment, capture_output=True)
-        failed = (
-            json.loads(report.read_text())
-            if report.exists()
-            else {"the import": "ends its process"}
-        )
-    outside = "ModuleNotFoundError: No module named '(?!sglang)"
-    failures = [
-        f"{n}: {why}" for n, why in failed.items() if not re.match(outside, why)
-    ]
-    return failures, f"imported: {len(names) - len(failed)} of {len(names)} modules"
+        failed = json.loads(report.read_text())
+    outside = re.compile("ModuleNotFoundError: No module named '(?!sglang)")
+    told = [f"{name}: {failed[name]}" for name in failed]
+    told = [line for line in told if not outside.search(line)]
+    return told, f"imported: {len(names) - len(failed)} of {len(names)} modules"
 
 
 def installed_release() -> str:

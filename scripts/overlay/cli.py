@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
@@ -26,9 +25,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "patchset", description="Merges the overlay into a release of sglang."
-    )
+    parser = argparse.ArgumentParser("patchset", description="Merges the overlay.")
     parser.set_defaults(checkout=None, release=None, output=None)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run, text in (
@@ -67,7 +64,8 @@ def _run(options: argparse.Namespace, root: Path) -> str:
             plan.errors.append(f"{lock.NAME} is out of date: run scripts/patchset lock")
     elif options.run is not _lock:
         recorded = next((v for v in (tree.version, ours, *locked) if v in locked), ours)
-        base = lambda: _definitions(root, recorded, config)
+        wheel = lambda: release.fetch(recorded, config, root / ".cache")
+        base = lambda: make_plan(root, wheel(), config).edited
         plan.errors += lock.drift(plan.edited, locked.get(recorded, {}), recorded, base)
     for change in plan.changes:
         _say(f"{'new' if change.old is None else 'changed':>8}  {change.path}")
@@ -76,23 +74,11 @@ def _run(options: argparse.Namespace, root: Path) -> str:
     for error in plan.errors:
         _say(f"error: {error}")
     if plan.errors:
-        again = (
-            "; if it was patched before, restore it first" if options.checkout else ""
-        )
+        again = "" if tree.wheel else "; if it was patched before, restore it first"
         raise ReleaseError(f"{len(plan.errors)} problems, nothing is written{again}")
     if not plan.changes:
         return f"{tree.label}: already applied; nothing to do"
     return options.run(plan, tree, config, options, root)
-
-
-def _definitions(root: Path, version: str, config: dict) -> lock.Edited:
-    """A release's definitions that the overlay edits; none if it cannot be fetched."""
-    try:
-        tree = release.fetch(version, config, root / ".cache")
-    except ReleaseError as error:
-        _say(f"no difference is shown: {error}")
-        return {}
-    return make_plan(root, tree, config).edited
 
 
 def _say(text: str) -> None:
@@ -105,19 +91,14 @@ def _check_output(options: argparse.Namespace) -> None:
     if options.run is _wheel:
         options.output.mkdir(parents=True, exist_ok=True)
     elif options.output:
-        try:
-            tempfile.TemporaryFile(dir=options.output.parent).close()
-        except OSError as error:
-            raise ReleaseError(f"{options.output}: {error.strerror}") from None
-        if options.output.is_dir():
-            raise ReleaseError(f"{options.output} is a folder; name a file")
+        is_new = not options.output.exists()
+        options.output.open("ab").close()
+        if is_new:
+            options.output.unlink()
 
 
 def _wheel(plan: Plan, tree, config, options, root: Path) -> str:
-    changed = {
-        c.path: c.new for c in plan.changes if c.path.startswith(release.PACKAGE)
-    }
-    print(wheel := release.repack(tree, changed, config, options.output))
+    print(wheel := release.repack(tree, plan.package, config, options.output))
     return f"Next: pip install {wheel}"
 
 
@@ -142,13 +123,10 @@ def _apply(plan: Plan, tree, config, options, root: Path) -> str:
 
 
 def _check(plan: Plan, tree, config, options, root: Path) -> str:
-    failed, imported = check.imports(plan.changes, tree)
-    problems = check.lint(plan.changes) + failed
-    if problems:
+    failed, imported = check.imports(plan.package, tree)
+    if problems := check.lint(plan.changes) + failed:
         raise ReleaseError("the merged files fail:\n" + "\n".join(problems))
-    print(
-        f"{tree.label}: everything can be placed; {len(plan.changes)} files to change"
-    )
+    print(f"{tree.label}: {len(plan.changes)} files to change, all edits can be placed")
     return imported
 
 

@@ -15,10 +15,9 @@ from overlay.plan import Change
 def patch(changes: list[Change], root: Path, config: dict) -> bytes:
     """The same changes give the same bytes, save for the author, who is git's configured
     user if there is one."""
-    author = tuple(
-        _configured(key) or config["commit"][key] for key in ("name", "email")
-    )
-    date = format_datetime(datetime.fromisoformat(config["commit"]["date"]))
+    commit = config["commit"]
+    author = tuple(_configured(key) or commit[key] for key in ("name", "email"))
+    date = format_datetime(datetime.fromisoformat(commit["date"]))
     subject, _, body = message(changes, root, config).partition("\n\n")
     head = (
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"

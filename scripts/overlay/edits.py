@@ -19,6 +19,7 @@ def replace(text: Source, old, overlay: Source, new) -> str:
 
 
 def prepend(text: Source, old, overlay: Source, edit) -> str:
+    """The edit's statements go to the start, behind the docstring."""
     body = without_docstring(old.body)
     place = text.above(body[0]) if body == old.body else text.span(old.body[0])[1]
     return _insert(text, old, overlay, edit, place, slice(len(edit.body)), body)
@@ -42,7 +43,7 @@ def _insert(text, old, overlay, edit, place: int, there: slice, body) -> str:
 
 
 def decorate(text: Source, old, overlay: Source, edit) -> str:
-    """The first decorator of the edit is the mark itself."""
+    """The other decorators of the edit are added."""
     present = {ast.unparse(d) for d in old.decorator_list}
     new = [ast.unparse(d) for d in edit.decorator_list[1:]]
     place, indent = text.span(old)[0], " " * old.col_offset
@@ -51,11 +52,14 @@ def decorate(text: Source, old, overlay: Source, edit) -> str:
 
 
 def splice(text: Source, old, overlay: Source, edit) -> str:
-    """Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
+    """Each statement of the edit takes the place of the one with the same head, which is
+    inside blocks `within`. Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
     the edit has `elif` or `else` of its own."""
     for new in without_docstring(edit.body):
         was = find(old, head(new), _within(edit))
-        first, last = _branch(text, was, new)
+        first, last = text.span(was)
+        if isinstance(new, ast.If) and not new.orelse:
+            last = was.body[-1].end_lineno
         if overlay.above(new) != overlay.span(new)[0]:
             first = text.above(was)
         lines = overlay.taken(new, was.col_offset)
@@ -66,13 +70,16 @@ def splice(text: Source, old, overlay: Source, edit) -> str:
 
 
 def drop(text: Source, old, overlay: Source, edit) -> str:
+    """Without upstream's definition, or without its statements of the edit's heads."""
     if ast.unparse(edit.body) == "...":
         return text.put(text.above(old), text.span(old)[1], "")
     for gone in without_docstring(edit.body):
         was = find(old, head(gone), _within(edit))
-        if getattr(was, "orelse", ()) and not _is_elif(text, was):
-            raise Unplaced(f"has `else` behind `{head(was)}`: splice it")
-        last = _branch(text, was, gone)[1]
+        last = text.span(was)[1]
+        if getattr(was, "orelse", ()):
+            last = was.body[-1].end_lineno
+            if not _is_elif(text, was):
+                raise Unplaced(f"has `else` behind `{head(was)}`: splice it")
         text, old = _again(text.put(text.above(was), last, ""), old)
     return text.text
 
@@ -82,12 +89,6 @@ def extend(text: Source, old, overlay: Source, edit) -> str:
     place, line = text.span(old)[1], overlay.taken(edit, old.col_offset)
     is_there = "".join(text.lines[place:]).startswith(line)
     return text.put(place, place, "" if is_there else line)
-
-
-def _branch(text: Source, was: ast.stmt, new: ast.stmt) -> tuple[int, int]:
-    first, last = text.span(was)
-    is_branch = isinstance(new, ast.If) and not new.orelse
-    return first, was.body[-1].end_lineno if is_branch else last
 
 
 def _is_elif(text: Source, node: ast.stmt) -> bool:

@@ -1,10 +1,8 @@
 """Merges an overlay's module-level imports into upstream's, and tidies the result.
 
 An import is its line, of one name: `from a import b as c`. One that the merged text names
-is added behind those that open the file. Then ruff, isort and black do what upstream's
-own hooks would: they remove what is unused, sort, and lay out, each only where it would
-leave upstream's text alone. `from __future__` is never merged: it would change what
-upstream's own annotations are.
+is added behind those that open the file; ruff, isort and black do the rest, as upstream's
+hooks would. `from __future__` would change what upstream's annotations are: it stays out.
 """
 
 import ast
@@ -20,11 +18,6 @@ _RUFF = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F401,F82
 _ISORT = isort.Config(profile="black", known_first_party=frozenset({"sglang"}))
 _PLAIN = (ast.Import, ast.ImportFrom)
 _IGNORED = re.compile(r"from (__future__|overlay\.marks) ")
-FORMATTERS = {
-    "ruff": lambda text: _ruff(text).stdout,  # removes unused imports
-    "isort": lambda text: isort.code(text, config=_ISORT),
-    "black": lambda text: black.format_str(text, mode=black.Mode()),
-}
 
 
 def of(node: ast.stmt) -> list[str]:
@@ -66,7 +59,11 @@ def _binds(line: str) -> str:
 
 def tidy(upstream: str, merged: str) -> str:
     """The merged text in upstream's lint format, as far as upstream's text is."""
-    for formatted in FORMATTERS.values():
+    for formatted in (
+        lambda text: _ruff(text).stdout,  # removes unused imports
+        lambda text: isort.code(text, config=_ISORT),
+        lambda text: black.format_str(text, mode=black.Mode()),
+    ):
         tidied = formatted(merged)
         if tidied != merged and formatted(upstream) == upstream:
             merged = tidied
@@ -80,6 +77,5 @@ def undefined(text: str) -> set[str]:
 
 def _ruff(text: str) -> subprocess.CompletedProcess:
     options = ["--fix", "--quiet", "--output-format=concise", "-"]
-    return subprocess.run(
-        [*_RUFF, *options], input=text, capture_output=True, text=True
-    )
+    run = [*_RUFF, *options]
+    return subprocess.run(run, input=text, capture_output=True, text=True)

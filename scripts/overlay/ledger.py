@@ -12,18 +12,20 @@ are prose about the file. A file without entries is one that upstream does not h
 import ast
 import re
 
+from overlay.source import Unplaced
+
 _ENTRY = re.compile(r"(?ms)^([A-Za-z_][\w.]*(?:, *[\w.]+)*)\n +(\S.*?)(?=\n\s*\n|\Z)")
 _FIELD = re.compile(r"(why|thread|until): (.+?)(?= (?:why|thread|until): |$)")
 
 
 def parse(overlay: str) -> dict[str, dict[str, str]]:
     """An overlay file's entries: the fields of each, by its symbols as they are written;
-    ValueError where one has no `why`."""
+    Unplaced where one has no `why`."""
     entries = {}
     for symbols, text in _ENTRY.findall(docstring(overlay)):
         entries[symbols] = dict(_FIELD.findall(" ".join(text.split())))
         if "why" not in entries[symbols]:
-            raise ValueError(f"the ledger's entry for `{symbols}` has no `why:`")
+            raise Unplaced(f"the ledger's entry for `{symbols}` has no `why:`")
     return entries
 
 

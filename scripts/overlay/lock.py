@@ -12,6 +12,8 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+from overlay.release import ReleaseError
+
 NAME = "upstream.lock.toml"
 Edited = dict[str, dict[str, str]]  # by file and symbol: upstream's text, or its hash
 
@@ -50,7 +52,11 @@ def drift(
         for symbol in symbols
         if recorded.get(path, {}).get(symbol) != symbols[symbol]
     ]
-    errors, old = [], base() if found else {}
+    try:
+        old = base() if found else {}
+    except ReleaseError:
+        old = {}  # it cannot be fetched: the names have to do
+    errors = []
     for path, symbol, known in found:
         texts = old.get(path, {}).get(symbol, ""), edited[path][symbol]
         lines = (text.splitlines(keepends=True) for text in texts)

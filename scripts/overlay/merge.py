@@ -1,19 +1,15 @@
 """Merges one overlay file into upstream's file of the same path, by name.
 
-`merge` knows text only: no files, no releases. The rules, for the module and for each
-class that both sides have:
+The rules, for the module and for each class that both sides have; merging twice gives the
+same text:
 
 - A definition (def, class, `NAME = ...`, `NAME: T = ...`) that upstream has, also inside
-  an `if` or `try`, is replaced where it stands, decorators included; of a class that both
-  have each member. Comments above stay unless the overlay brings its own.
+  an `if` or `try`, is replaced where it stands; of a class that both have each member.
 - One that upstream lacks goes behind the definition before it in the overlay, or above
-  the next one that upstream has, or to the end, but not behind
-  `if __name__ == "__main__"`; at module level always above what runs it on import. An
-  assignment in a class goes behind those that it has.
+  the next one that upstream has, or to the end; at module level always above what runs it
+  on import. An assignment in a class goes behind those that it has.
 - The decorators of marks.py edit a function that upstream has, `NAME += [...]` its list
   (edits.py); imports are merged (imports.py), and names that stay undefined are errors.
-
-Every edit finds itself in its own result, so merging twice gives the same text.
 """
 
 import ast
@@ -22,26 +18,21 @@ import textwrap
 from dataclasses import dataclass, field
 
 from overlay import edits, imports, ledger
-from overlay.source import (
-    Absent,
-    Source,
-    Unplaced,
-    head,
-    leaves,
-    without_docstring,
-)
+from overlay.source import Absent, Source, Unplaced, head, leaves, without_docstring
 
 _MARKS = ("append", "decorate", "drop", "prepend", "splice")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _MAIN = "if __name__ == '__main__'"
+# Nothing to merge; a test file of upstream's registers itself.
+_NOTHING = re.compile(r"(\.\.\.|pass)$|register_\w+_ci\(")
 
 
 @dataclass
 class Merge:
     """`text` is upstream's source with the overlay in it. It stands only without `errors`,
     and without `absent` (what there was not to drop) unless no file of the overlay changes
-    anything: then the tree holds it already. `edited` holds upstream's text of every definition that an edit changes;
-    lists that only grow are not among them."""
+    anything: then the tree holds it already. `edited` holds upstream's text of every
+    definition that an edit changes; lists that only grow are not among them."""
 
     text: str
     errors: list[str] = field(default_factory=list)
@@ -59,10 +50,7 @@ def merge(upstream: str, overlay: str, release: str) -> Merge:
         merging.lift()
         merged = imports.merge(merging.text, merging.overlay)
     except Unplaced as error:
-        result.errors.append(f"{release} {error}")
-        return result
-    except ValueError as error:
-        result.errors.append(str(error))
+        result.errors.append(f"{release}: {error}")
         return result
     for symbol in sorted(merging.touched - entries):
         result.errors.append(f"the ledger has no entry for `{symbol}`")
@@ -88,17 +76,14 @@ class _Merging:
         self.added: list[str] = []  # new names at module level
 
     def merge(self, scope: str, overlay: list[ast.stmt]) -> None:
-        overlay = [s for s in overlay if not imports.of(s) and not _registers_tests(s)]
-        symbols = [f"{scope}{_name(statement)}" for statement in overlay]
+        overlay = [s for s in overlay if not _NOTHING.match(ast.unparse(s))]
+        overlay = [s for s in overlay if not imports.of(s)]
         # Drops first: heads are of upstream's statements, not of what a splice adds.
-        for at in sorted(
-            range(len(overlay)), key=lambda i: _mark(overlay[i]) != "drop"
-        ):
-            symbol, mark = symbols[at], _mark(overlay[at])
+        for statement in sorted(overlay, key=lambda each: _mark(each) != "drop"):
+            symbol, mark = f"{scope}{_name(statement)}", _mark(statement)
+            at = overlay.index(statement)
             try:
-                self._put(
-                    overlay[at], symbol, mark, symbols[:at][::-1], symbols[at + 1 :]
-                )
+                self._put(statement, symbol, overlay[:at][::-1], overlay[at + 1 :])
             except (Unplaced, SyntaxError) as error:
                 is_gone = mark == "drop" and isinstance(error, Absent)
                 problems = self.result.absent if is_gone else self.result.errors
@@ -128,12 +113,14 @@ class _Merging:
         nodes = [node for node in nodes if not isinstance(node, ast.AugAssign)]
         return [node for node in nodes if _name(node) == symbol.rpartition(".")[2]]
 
-    def _put(self, statement, symbol: str, mark: str | None, before, after) -> None:
+    def _put(self, statement, symbol: str, before: list, after: list) -> None:
+        mark, found = _mark(statement), self._find(symbol)
         if _name(statement) is None:
             line = ast.unparse(statement).splitlines()[0]
             raise Unplaced(f"`{line}` is not a definition")
+        if not mark and symbol in self.seen:
+            raise Unplaced("is in the overlay twice")
         self.seen.add(symbol)
-        found = self._find(symbol)
         if not found and mark:
             raise Absent(f"is not there to {mark}")
         if len(found) > 1:
@@ -141,24 +128,17 @@ class _Merging:
         if not found:
             self._add(statement, symbol, before, after)
         elif not mark and {type(statement), type(found[0])} == {ast.ClassDef}:
-            theirs, ours = (
-                ", ".join(map(ast.unparse, node.bases))
-                for node in (found[0], statement)
-            )
-            if ours and ours != theirs:
-                raise Unplaced(
-                    f"has the bases {theirs or 'none'}, in the overlay {ours}"
-                )
-            members = [
-                m for m in statement.body if ast.unparse(m) not in ("...", "pass")
-            ]
+            theirs, ours = found[0], statement
+            if ours.bases and _dumps(ours.bases) != _dumps(theirs.bases):
+                bases = ", ".join(map(ast.unparse, theirs.bases))
+                raise Unplaced(f"has other bases than in the overlay: {bases}")
+            same = _dumps(theirs.body[:1]) == _dumps(ours.body[:1])
+            members = without_docstring(ours.body) if same else ours.body
             self.merge(f"{symbol}.", members)
         else:
             self._edit(found[0], statement, symbol, mark)
 
-    def _edit(
-        self, old: ast.stmt, edit: ast.stmt, symbol: str, mark: str | None
-    ) -> None:
+    def _edit(self, old, edit, symbol: str, mark: str | None) -> None:
         functions = isinstance(old, _FUNCTIONS) and isinstance(edit, _FUNCTIONS)
         if mark in _MARKS and mark != "drop" and not functions:
             raise Unplaced(f"is not a function to {mark}")
@@ -175,61 +155,49 @@ class _Merging:
 
     def _add(self, statement, symbol: str, before: list, after: list) -> None:
         body, simple = self._body(symbol), not hasattr(statement, "body")
-        opening = [s for s in body if not hasattr(s, "body")]
-        column = body[0].col_offset if body else 0
-        blank = "" if simple else "\n\n"
+        opening = [each for each in body if not hasattr(each, "body")]
+        blank = "" if simple else "\n" if "." in symbol else "\n\n"
         if "." not in symbol:
             self.added.append(symbol)
-            place = self._place(body, before, after)
-        elif simple:
+        place = self._place(body, before, after)
+        if "." in symbol and simple:
             place = self.text.span((opening or body)[-1])[1]
-        else:
-            place, blank = self._place(body, before, after), "\n"
-        lines = self.overlay.taken(statement, column)
+        lines = self.overlay.taken(statement, body[0].col_offset if body else 0)
         self.text = Source(self.text.put(place, place, f"{blank}{lines}{blank}"))
 
     def _place(self, body: list[ast.stmt], before: list, after: list) -> int:
         """The line for a new definition, by its neighbours in the overlay."""
         holders = {_name(leaf): top for top in body for leaf in leaves(top)}
-        for symbol in before:
-            if top := holders.get(symbol.rpartition(".")[2]):
-                return self.text.span(top)[1]
-        for symbol in after:
-            if top := holders.get(symbol.rpartition(".")[2]):
-                return self.text.above(top)
+        behind = [holders[_name(s)] for s in before if _name(s) in holders]
+        above = [holders[_name(s)] for s in after if _name(s) in holders]
         if body and head(body[-1]) == _MAIN:
-            return self.text.above(body[-1])
-        return self.text.span(body[-1])[1] if body else 0
+            above.append(body[-1])
+        if above and not behind:
+            return self.text.above(above[0])
+        return self.text.span((behind or body[::-1])[0])[1] if body else 0
 
 
 def _runs(node: ast.AST) -> set[str]:
     """The names that a statement reads when it runs: not those in a function's body."""
-    if isinstance(node, ast.Name):
-        return {node.id}
-    inner = list(ast.iter_child_nodes(node))
-    if isinstance(node, (*_FUNCTIONS, ast.Lambda)):
-        body = node.body if isinstance(node.body, list) else [node.body]
-        inner = [each for each in inner if each not in body]
-    return {name for each in inner for name in _runs(each)}
+    functions = [n for n in ast.walk(node) if isinstance(n, (*_FUNCTIONS, ast.Lambda))]
+    bodies = [f.body if isinstance(f.body, list) else [f.body] for f in functions]
+    later = {name for body in bodies for part in body for name in ast.walk(part)}
+    names = {each for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return {name.id for name in names - later}
 
 
-def _registers_tests(statement: ast.stmt) -> bool:
-    """`register_cuda_ci(...)` of a test file: upstream's file has its own."""
-    return re.match(r"register_\w+_ci\(", ast.unparse(statement)) is not None
+def _dumps(nodes: list[ast.AST]) -> list[str]:
+    return [ast.dump(node) for node in nodes]
 
 
 def _name(node: ast.stmt) -> str | None:
     """The name that a statement defines, if it is a definition."""
-    match node:
-        case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
-            return name
-        case ast.ClassDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]):
-            return name
-        case ast.AnnAssign(target=ast.Name(id=name)):
-            return name
-        case ast.AugAssign(target=ast.Name(id=name), op=ast.Add()):
-            return name
-    return None
+    if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
+        return node.name
+    targets = []
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        targets = getattr(node, "targets", None) or [node.target]
+    return getattr(targets[0], "id", None) if len(targets) == 1 else None
 
 
 def _mark(statement: ast.stmt) -> str | None:

@@ -38,6 +38,11 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     edited: dict[str, dict[str, str]] = field(default_factory=dict)
 
+    @property
+    def package(self) -> dict[str, bytes]:
+        """What the files of the package become."""
+        return {c.path: c.new for c in self.changes if c.path.startswith(PACKAGE)}
+
 
 class Skipped(Exception):
     """A file that this tree leaves out, and why."""
@@ -45,11 +50,8 @@ class Skipped(Exception):
 
 def make_plan(root: Path, tree: Tree, config: dict) -> Plan:
     """Merges every overlay file under `root` into the tree, and collects all problems."""
-    plan, absent, files = (
-        Plan(),
-        [],
-        [file for d in OVERLAY for file in (root / d).rglob("*.py")],
-    )
+    plan, absent = Plan(), []
+    files = [file for folder in OVERLAY for file in (root / folder).rglob("*.py")]
     steps = [(path.relative_to(root).as_posix(), None) for path in sorted(files)]
     steps += [(edit["file"], edit) for edit in config["edit"] if tree.is_checkout]
     old, new = {path: tree.read(path) for path, _ in steps}, {}
@@ -82,8 +84,7 @@ def _merged(root: Path, path: str, old: bytes | None, tree: Tree, plan: Plan):
     if old is None:
         raise ReleaseError(f"{tree.label} has no such file to merge into")
     if not is_edit:
-        told = "has this file, and the overlay's has no ledger"
-        raise ReleaseError(f"{tree.label} {told}")
+        raise ReleaseError(f"{tree.label} has this file, and ours has no ledger")
     result = merge(old.decode(), content.decode(), tree.label)
     plan.edited[path] = result.edited
     if result.errors:

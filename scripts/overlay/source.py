@@ -1,15 +1,13 @@
 """A Python text as lines and statements: where they stand, and what is found by its head.
 
-Lines count from 0 and ranges are half open, so every line that an edit does not name
-stays as it is. The head of a statement is free of layout, and spelled as `ast.unparse`
-spells it:
+Lines count from 0, and ranges are half open. The head of a statement is free of layout,
+and spelled as `ast.unparse` spells it:
 
     x = ..., self.x: T = ...      its target                 "self.x ="
     if a: ... / elif a: ...       its test                   "if a"
     f("name", ...)                callee and first literal   "f('name')"
     anything else                 its text; of a block, its first line
-
-The block behind an `else` has the head "else of if a".
+    what is behind an `else`      that of its `if`           "else of if a"
 """
 
 import ast
@@ -79,12 +77,10 @@ def head(node: ast.AST) -> str:
             return f"{ast.unparse(target)} ="
         case ast.If(test=test):
             return f"if {ast.unparse(test)}"
-        case ast.Expr(
-            value=ast.Call(func=callee, args=[ast.Constant(value=first), *_])
-        ):
-            return f"{ast.unparse(callee)}({first!r})"
-        case ast.Expr(value=ast.Call(func=callee)):
-            return f"{ast.unparse(callee)}()"
+        case ast.Expr(value=ast.Call(func=f, args=[ast.Constant(value=first), *_])):
+            return f"{ast.unparse(f)}({first!r})"
+        case ast.Expr(value=ast.Call(func=f)):
+            return f"{ast.unparse(f)}()"
         case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
             return f"def {name}"
     return ast.unparse(node).strip().split(":\n")[0]
@@ -128,9 +124,8 @@ def leaves(statement: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def is_docstring(node: ast.stmt) -> bool:
-    value = getattr(node, "value", None)
-    is_text = isinstance(value, ast.Constant) and isinstance(value.value, str)
-    return isinstance(node, ast.Expr) and is_text
+    value = getattr(getattr(node, "value", None), "value", None)
+    return isinstance(node, ast.Expr) and isinstance(value, str)
 
 
 def without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:

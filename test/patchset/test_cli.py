@@ -129,7 +129,7 @@ def test_errors_are_collected_and_nothing_is_written(project, checkout, capsys):
         "core.py: upstream v1.1: `runs` is not there to prepend",
         "pyproject.toml: upstream v1.1 has no match for",
         "other.py: upstream v1.1 has no such file to merge into",
-        "trick.py: upstream v1.1 has this file, and the overlay's has no ledger",
+        "trick.py: upstream v1.1 has this file, and ours has no ledger",
         " skipped  docs/options.md: upstream v1.1 has no match",
         "4 problems, nothing is written",
     ):
@@ -265,9 +265,12 @@ def test_check_writes_nothing_and_imports_what_it_can(
 @pytest.mark.parametrize(
     "code, error",
     [
-        ("import os\n", "trick.py: ruff would change it"),
-        ("import sys\nimport os\n\nX = os, sys\n", "trick.py: isort would change it"),
-        ("X = [1,2]\n", "trick.py: black would change it"),
+        ("import os\n", "trick.py: ruff, isort or black would"),
+        (
+            "import sys\nimport os\n\nX = os, sys\n",
+            "trick.py: ruff, isort or black would",
+        ),
+        ("X = [1,2]\n", "trick.py: ruff, isort or black would"),
         ("X = lambda: y\n", "trick.py: `y` is undefined"),
         ("X = int('x')\n", "sglang.trick: ValueError: invalid literal"),
         ("from sglang.core import no\n\nX = no\n", "sglang.trick: ImportError: cannot"),

@@ -224,12 +224,13 @@ TWICE = (
         ("def f():\n    return 1\n", function("append", "x = 1"), "`f` ends in `return` or `raise`; nothing can be appended to it"),
         ("g = 1\n", function("prepend", "x = 1"), "`f` is not there to prepend"),
         ("f = 1\n", function("prepend", "x = 1"), "`f` is not a function to prepend"),
+        ("A = 1\n", "f = 2\nf = 3\n", "`f` is in the overlay twice"),
         ("f = 1; g = 2\n", "f = 2\n", "`f` shares the line of `f =` with other code"),
         ("A = 1\n", "f = 2\nprint(f)\n", "`None` `print(f)` is not a definition"),
         (TWICE, "f = 1\nclass C:\n    def p(self):\n        return 1\n", "`C.p` is defined 2 times"),
-        ("class C(int):\n    A = 1\n", "f = 1\nclass C(str):\n    A = 2\n", "`C` has the bases int, in the overlay str"),
+        ("class C(int):\n    A = 1\n", "f = 1\nclass C(str):\n    A = 2\n", "`C` has other bases than in the overlay: int"),
         ("A = 1\n", "f = q\n", "upstream 1.0 has no `q`, which the overlay uses"),
-        ("from a import x\n\nY = x\n", "from b import x\n\nf = x\n", "upstream 1.0 has `from a import x`, the overlay `from b import x`"),
+        ("from a import x\n\nY = x\n", "from b import x\n\nf = x\n", "has `from a import x`, the overlay `from b import x`"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_placed(upstream, overlay, expected):
@@ -243,7 +244,7 @@ def test_the_ledger_names_what_is_touched_and_nothing_else():
         "the ledger's `C` is not in the overlay"
     ]
     assert merge("A = 1\n", '"""\nA\n    thread: x\n"""\nA = 2\n', "").errors == [
-        "the ledger's entry for `A` has no `why:`"
+        ": the ledger's entry for `A` has no `why:`"
     ]
     assert len(errors("A = 1\n", "A = 2\n@drop\ndef x(): ...\nprint(1)\nf = z")) == 4
 
