@@ -1,62 +1,63 @@
-"""The overlay's changes as a patch for upstream, made by git in a repository of its own."""
+"""The overlay's changes as a patch for upstream that `git am` takes."""
 
-import os
+import difflib
+import io
 import subprocess
-import tempfile
 import textwrap
+from datetime import datetime
+from email.utils import format_datetime, formataddr
 from pathlib import Path
 
 from overlay import ledger
 from overlay.plan import Change
-from overlay.release import Config
 
 
-def patch(changes: list[Change], root: Path, config: Config) -> bytes:
-    """A `git am`-able patch. The same changes give the same bytes, save for the author,
-    who is git's configured user if there is one."""
-    name, email = (_configured(f"user.{key}") for key in ("name", "email"))
-    name, email = name or config.commit["name"], email or config.commit["email"]
-    with tempfile.TemporaryDirectory() as directory:
-        git = _Git(Path(directory), name, email, config.commit["date"])
-        git("init", "--quiet")
-        git.commit({c.path: c.old for c in changes if c.old is not None}, "base")
-        git.commit({c.path: c.new for c in changes}, message(changes, root, config))
-        return git(
-            "format-patch", "-1", "--stdout", "--no-signature", "--zero-commit",
-            "--full-index", "--keep-subject",
-        )  # fmt: skip
+def patch(changes: list[Change], root: Path, config: dict) -> bytes:
+    """The same changes give the same bytes, save for the author, who is git's configured
+    user if there is one."""
+    commit = config["commit"]
+    author = tuple(_configured(key) or commit[key] for key in ("name", "email"))
+    date = format_datetime(datetime.fromisoformat(commit["date"]))
+    subject, _, body = message(changes, root, config).partition("\n\n")
+    head = (
+        f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
+        f"From: {formataddr(author)}\nDate: {date}\nSubject: {subject}\n"
+        "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\n"
+        f"Content-Transfer-Encoding: 8bit\n\n{body}---\n\n"
+    )
+    ordered = sorted(changes, key=lambda change: change.path)
+    return (head + "".join(map(_hunks, ordered))).encode()
 
 
-def message(changes: list[Change], root: Path, config: Config) -> str:
+def _hunks(change: Change) -> str:
+    path, is_new = change.path, change.old is None
+    texts = (list(io.StringIO((t or b"").decode())) for t in (change.old, change.new))
+    names = "/dev/null" if is_new else f"a/{path}", f"b/{path}"
+    mode = "new file mode 100644\n" if is_new else ""
+    lines = [f"diff --git a/{path} b/{path}\n{mode}"]
+    for line in difflib.unified_diff(*texts, *names):
+        end = "" if line.endswith("\n") else "\n\\ No newline at end of file\n"
+        lines.append(line + end)
+    return "".join(lines)
+
+
+def message(changes: list[Change], root: Path, config: dict) -> str:
     """Subject and PR body: the reasons in the ledgers, file by file."""
-    parts = [config.commit["subject"], config.commit["body"].strip()]
-    for change in sorted(changes, key=_rank):
+    parts = [config["commit"]["subject"], config["commit"]["body"].strip()]
+    for change in sorted(changes, key=lambda c: (c.old is None, c.path)):
         overlay = root / change.path
-        text = (
-            overlay.read_text() if overlay.suffix == ".py" and overlay.exists() else ""
-        )
-        book = ledger.parse(text)
+        text = overlay.read_text() if overlay.suffix == ".py" else ""
+        whys = [edit["why"] for edit in config["edit"] if edit["file"] == change.path]
+        for names, entry in ledger.parse(text).items():
+            thread = f" ({entry['thread']})" if "thread" in entry else ""
+            whys.append(f"{names}: {entry['why']}{thread}")
         lines = [change.path + (" (new)" if change.old is None else "")]
-        lines += _wrap(book.prose.partition("\n\n")[0], "  ")
-        edits = [edit for edit in config.edits if edit["file"] == change.path]
-        for why in dict.fromkeys(edit.get("why", "") for edit in edits):
+        if not whys:
+            lines += _wrap(ledger.docstring(text).partition("\n\n")[0], "  ")
+        for why in dict.fromkeys(whys):
             lines += _wrap(why, "- ")
-        for entry in book.entries:
-            thread = f" ({entry.thread})" if entry.thread else ""
-            lines += _wrap(f"{', '.join(entry.symbols)}: {entry.why}{thread}", "- ")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _rank(change: Change) -> tuple:
-    """Edited files, new modules, tests, benchmarks."""
-    outside = not change.path.startswith("python/sglang/srt/")
-    return (
-        change.path.startswith("benchmark/"),
-        outside,
-        change.old is None,
-        change.path,
-    )
 
 
 def _wrap(text: str, bullet: str) -> list[str]:
@@ -67,40 +68,5 @@ def _wrap(text: str, bullet: str) -> list[str]:
 
 
 def _configured(key: str) -> str:
-    told = subprocess.run(["git", "config", key], capture_output=True, text=True)
-    return told.stdout.strip()
-
-
-class _Git:
-    """git in one directory, deaf to the user's configuration."""
-
-    def __init__(self, directory: Path, name: str, email: str, date: str):
-        self.directory = directory
-        self.environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
-            "GIT_CONFIG_GLOBAL": os.devnull,
-            "GIT_CONFIG_NOSYSTEM": "1",
-        }
-        for role in ("AUTHOR", "COMMITTER"):
-            self.environment[f"GIT_{role}_NAME"] = name
-            self.environment[f"GIT_{role}_EMAIL"] = email
-            self.environment[f"GIT_{role}_DATE"] = date
-
-    def __call__(self, *arguments: str, stdin: bytes = b"") -> bytes:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=self.directory,
-            env=self.environment,
-            input=stdin,
-            stdout=subprocess.PIPE,
-            check=True,
-        )
-        return done.stdout
-
-    def commit(self, files: dict[str, bytes], text: str) -> None:
-        for path, content in files.items():
-            file = self.directory / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(content)
-        self("add", "--force", ".")
-        self("commit", "--quiet", "--allow-empty", "--file=-", stdin=text.encode())
+    command = ["git", "config", f"user.{key}"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -11,53 +11,27 @@ are prose about the file. A file without entries is one that upstream does not h
 
 import ast
 import re
-from dataclasses import dataclass, field
 
-_SYMBOLS = re.compile(r"[A-Za-z_][\w.]*(, *[A-Za-z_][\w.]*)*")
-_FIELD = re.compile(r"(why|thread|until): +(.+)")
+from overlay.source import Unplaced
 
-
-@dataclass
-class Entry:
-    symbols: list[str]
-    why: str
-    thread: str = ""
-    until: str = ""
+_ENTRY = re.compile(r"(?ms)^([A-Za-z_][\w.]*(?:, *[\w.]+)*)\n +(\S.*?)(?=\n\s*\n|\Z)")
+_FIELD = re.compile(r"(why|thread|until): (.+?)(?= (?:why|thread|until): |$)")
 
 
-@dataclass
-class Ledger:
-    prose: str = ""
-    entries: list[Entry] = field(default_factory=list)
-
-    @property
-    def symbols(self) -> set[str]:
-        return {symbol for entry in self.entries for symbol in entry.symbols}
-
-
-def parse(overlay: str) -> Ledger:
-    """The ledger of an overlay file; ValueError where an entry has no `why`."""
-    ledger = Ledger()
-    docstring = ast.get_docstring(ast.parse(overlay)) or ""
-    prose = []
-    for paragraph in re.split(r"\n\s*\n", docstring):
-        first, *rest = paragraph.splitlines() or [""]
-        if rest and _SYMBOLS.fullmatch(first) and rest[0].startswith(" "):
-            fields = _fields(rest)
-            if "why" not in fields:
-                raise ValueError(f"the ledger's entry for `{first}` has no `why:`")
-            ledger.entries.append(Entry(re.split(", *", first), **fields))
-        else:
-            prose.append(paragraph)
-    ledger.prose = "\n\n".join(prose).strip()
-    return ledger
+def parse(overlay: str) -> dict[str, dict[str, str]]:
+    """An overlay file's entries: the fields of each, by its symbols as they are written;
+    Unplaced where one has no `why`."""
+    entries = {}
+    for symbols, text in _ENTRY.findall(docstring(overlay)):
+        entries[symbols] = dict(_FIELD.findall(" ".join(text.split())))
+        if "why" not in entries[symbols]:
+            raise Unplaced(f"the ledger's entry for `{symbols}` has no `why:`")
+    return entries
 
 
-def _fields(lines: list[str]) -> dict[str, str]:
-    fields: dict[str, str] = {}
-    for line in lines:
-        if match := _FIELD.fullmatch(line.strip()):
-            fields[match[1]] = match[2]
-        elif fields:
-            fields[list(fields)[-1]] += f" {line.strip()}"
-    return fields
+def symbols(overlay: str) -> set[str]:
+    return {symbol for names in parse(overlay) for symbol in re.split(", *", names)}
+
+
+def docstring(overlay: str) -> str:
+    return ast.get_docstring(ast.parse(overlay)) or ""

@@ -1,16 +1,6 @@
-"""The overlay's decorators. Overlay files import them for editors and linters; the tool
-reads them from the source, and nothing here ever runs in a merged tree.
-
-- `@prepend`, `@append`: the body goes to the start (after the docstring) or the end of
-  upstream's function.
-- `@splice`: each statement of the body takes the place of upstream's one statement with
-  the same head. A call with `...` among its arguments replaces only those it names.
-- `@drop`: removes the function or class; with statements in its body, removes upstream's
-  statements with these heads instead.
-- `@decorate`: the other decorators of the def are added to upstream's function.
-
-`@splice(within=...)` and `@drop(within=...)` name the heads, outermost first, of blocks
-around the statement, where its own head is ambiguous.
+"""The overlay's decorators, for editors and linters: the tool reads them from the source,
+and nothing here ever runs in a merged tree. edits.py says what each does; `within` names
+the heads (source.py) of blocks around a statement whose own head is ambiguous.
 """
 
 

@@ -2,19 +2,20 @@
 
 An overlay file with a ledger edits upstream's file; one without is a file that upstream
 does not have. The wheel holds the package only, so against it the edits of upstream's
-tests and documentation are left out.
+tests and documentation are left out. Tests that reach out of their folder into this
+repository, or need a package that upstream lacks, stay here.
 """
 
-import difflib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import libcst as cst
 from overlay import ledger
 from overlay.merge import merge
-from overlay.release import PACKAGE, Config, ReleaseError, substitute
+from overlay.release import PACKAGE, ReleaseError, Tree, substitute
 
 OVERLAY = (PACKAGE, "test/registered/", "benchmark/kernels/")
+STAYS = re.compile(r"^\s*(from|import) hypothesis\b|\bparents\[", re.MULTILINE)
 
 
 @dataclass
@@ -25,105 +26,80 @@ class Change:
     old: bytes | None
     new: bytes
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Lines added and removed."""
-        old = (self.old or b"").decode().splitlines()
-        lines = list(difflib.unified_diff(old, self.new.decode().splitlines(), n=0))[2:]
-        return sum(l[0] == "+" for l in lines), sum(l[0] == "-" for l in lines)
-
 
 @dataclass
 class Plan:
+    """`skipped` has paths with the reason; `edited` upstream's text of every definition
+    that an edit changes, by path and symbol. A tree that holds the whole overlay has
+    neither changes nor errors."""
+
     changes: list[Change] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    edited: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
-    def is_applied(self) -> bool:
-        """Whether the tree already holds the whole overlay."""
-        return not self.changes and not self.errors
+    def package(self) -> dict[str, bytes]:
+        """What the files of the package become."""
+        return {c.path: c.new for c in self.changes if c.path.startswith(PACKAGE)}
 
 
-def overlay_files(root: Path) -> list[str]:
-    return sorted(
-        file.relative_to(root).as_posix()
-        for directory in OVERLAY
-        for file in (root / directory).rglob("*.py")
-    )
+class Skipped(Exception):
+    """A file that this tree leaves out, and why."""
 
 
-def make_plan(root: Path, tree, config: Config, only: str = "") -> Plan:
-    """Merges every overlay file under `root` into the tree, and collects all problems.
-    `only` narrows it to the paths that start so."""
-    plan, absent, same = Plan(), [], 0
-    release = tree.label
-    edits = config.edits if tree.is_checkout else []
-    steps = [(path, _merged) for path in overlay_files(root)]
-    steps += [(edit["file"], _edited(edit)) for edit in edits]
-    steps = [step for step in steps if step[0].startswith(only)]
-    pending: dict[str, Change] = {}
-    for path, step in steps:
-        old = pending[path].new if path in pending else tree.read(path)
+def make_plan(root: Path, tree: Tree, config: dict) -> Plan:
+    """Merges every overlay file under `root` into the tree, and collects all problems."""
+    plan, absent = Plan(), []
+    files = [file for folder in OVERLAY for file in (root / folder).rglob("*.py")]
+    steps = [(path.relative_to(root).as_posix(), None) for path in sorted(files)]
+    steps += [(edit["file"], edit) for edit in config["edit"] if tree.is_checkout]
+    old, new = {path: tree.read(path) for path, _ in steps}, {}
+    for path, edit in steps:
         try:
-            new, missing = step(root, path, old, tree, release)
-        except (ReleaseError, SyntaxError, cst.ParserSyntaxError) as error:
+            if edit:
+                new[path] = _edited(edit, new.get(path, old[path]), tree.label)
+            else:
+                new[path], missing = _merged(root, path, old[path], tree, plan)
+                absent += [f"{path}: {line}" for line in missing]
+        except Skipped as reason:
+            plan.skipped[path] = str(reason)
+        except (ReleaseError, SyntaxError) as error:
             plan.errors += [f"{path}: {line}" for line in str(error).splitlines()]
-            continue
-        absent += [f"{path}: {line}" for line in missing]
-        if new is None:
-            plan.skipped.append(path)
-        elif new == old:
-            same += 1
-        else:
-            original = pending[path].old if path in pending else old
-            pending[path] = Change(path, original, new)
-    plan.changes = list(pending.values())
-    if plan.changes or plan.errors:
-        plan.errors += absent
-    if plan.errors and same and tree.is_checkout:
-        plan.errors.append(
-            f"{same} of {len(steps)} edits are already in this tree: if it was patched "
-            "in part, restore it first"
-        )
+    plan.changes = [Change(p, old[p], new[p]) for p in new if new[p] != old[p]]
+    plan.errors += absent if plan.changes or plan.errors else []
     return plan
 
 
-def _merged(root: Path, path: str, old: bytes | None, tree, release: str):
-    """One overlay file's result, None if this tree leaves it out, and what is absent."""
+def _merged(root: Path, path: str, old: bytes | None, tree: Tree, plan: Plan):
+    """The merged file, and what there was not to drop."""
     content = (root / path).read_bytes()
-    if old == content:
-        return content, []
-    is_edit = bool(ledger.parse(content.decode()).entries)
-    if old is None and not is_edit:
+    is_edit = bool(ledger.parse(content.decode()))
+    if path.startswith("test/") and STAYS.search(content.decode()):
+        raise Skipped("it needs this repository, or hypothesis")
+    if old == content or (old is None and not is_edit):
         return content, []
     if old is None and not tree.is_checkout and not path.startswith(PACKAGE):
-        return None, []
+        raise Skipped("it edits a file that wheels lack")
     if old is None:
-        raise ReleaseError(f"{release} has no such file to merge into")
+        raise ReleaseError(f"{tree.label} has no such file to merge into")
     if not is_edit:
-        raise ReleaseError(f"{release} has this file, and the overlay's has no ledger")
-    module = path.removeprefix("python/").removesuffix(".py").replace("/", ".")
-    result = merge(old.decode(), content.decode(), module, release)
+        raise ReleaseError(f"{tree.label} has this file, and ours has no ledger")
+    result = merge(old.decode(), content.decode(), tree.label)
+    plan.edited[path] = result.edited
     if result.errors:
         raise ReleaseError("\n".join(result.errors + result.absent))
     return result.text.encode(), result.absent
 
 
-def _edited(edit: dict):
-    """The step of one anchored edit from upstream.toml; a missing page is left out."""
-
-    def step(root: Path, path: str, old: bytes | None, tree, release: str):
-        if old is None and path.startswith("docs/"):
-            return None, []
-        if old is None:
-            raise ReleaseError(f"{release} has no such file")
-        try:
-            text = substitute(edit["find"], edit["replace"], old.decode(), release)
-        except ReleaseError:
-            if path.startswith("docs/"):
-                return None, []
-            raise
-        return text.encode(), []
-
-    return step
+def _edited(edit: dict, old: bytes | None, release: str) -> bytes:
+    """The file after one anchored edit; as it is where it has what the edit brings."""
+    is_page = edit["file"].startswith("docs/")
+    if old is None:
+        raise Skipped("no such page") if is_page else ReleaseError("no such file")
+    if re.search(edit["present"], old.decode()):
+        return old
+    try:
+        return substitute(edit["find"], edit["replace"], old.decode(), release).encode()
+    except ReleaseError as error:
+        raise Skipped(str(error)) if is_page else error

@@ -1,15 +1,12 @@
-"""Upstream's releases: what upstream.toml pins, the wheels, and checkouts of the source.
+"""Upstream's releases: what upstream.toml pins, the wheels, and checkouts of the source."""
 
-A tree, wheel or checkout, answers `read` by paths from the root of sglang's repository.
-"""
-
-import base64
 import hashlib
-import io
+import os
 import re
+import shutil
 import subprocess
 import sys
-import tomllib
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,115 +18,121 @@ class ReleaseError(Exception):
     """A release, wheel or checkout that is not what it should be."""
 
 
-@dataclass(frozen=True)
-class Config:
-    """upstream.toml, by section."""
-
-    release: dict
-    requires: dict
-    commit: dict
-    edits: list
-
-    @property
-    def version(self) -> str:
-        return f"{self.release['version']}+mxfp8.{self.release['patch']}"
-
-
-def load_config(root: Path) -> Config:
-    data = tomllib.loads((root / "upstream.toml").read_text())
-    return Config(data["release"], data["requires"], data["commit"], data["edit"])
-
-
 @dataclass
-class Wheel:
-    """A release as its wheel has it: the package only, no tests and no documentation."""
+class Tree:
+    """A folder like the root of sglang's repository. Of a wheel it has the package only:
+    no tests and no documentation."""
 
     path: Path
-    version: str
-    is_checkout = False
+    label: str
+    version: str  # that it is at or after, or "" where nothing says so
+    wheel: Path | None = None
+    unpacked: tempfile.TemporaryDirectory | None = None
 
     @property
-    def label(self) -> str:
-        return f"upstream {self.version}"
-
-    def read(self, path: str) -> bytes | None:
-        if not path.startswith(PACKAGE):
-            return None
-        with zipfile.ZipFile(self.path) as archive:
-            try:
-                return archive.read(path.removeprefix("python/"))
-            except KeyError:
-                return None
-
-
-@dataclass
-class Checkout:
-    """A working tree of sglang's repository."""
-
-    path: Path
-    is_checkout = True
-
-    def __post_init__(self) -> None:
-        if not (self.path / PACKAGE).is_dir():
-            raise ReleaseError(f"{self.path} is not a checkout of sglang: no {PACKAGE}")
-
-    @property
-    def label(self) -> str:
-        describe = ["git", "-C", str(self.path), "describe", "--tags", "--always"]
-        told = subprocess.run(describe, capture_output=True, text=True)
-        return f"upstream {told.stdout.strip() or 'checkout'}"
+    def is_checkout(self) -> bool:
+        return self.wheel is None
 
     def read(self, path: str) -> bytes | None:
         file = self.path / path
         return file.read_bytes() if file.is_file() else None
 
+    def copy_package(self, folder: Path, changed: dict[str, bytes]) -> None:
+        """Copies `python/sglang` to a folder, with other contents for some files."""
+        shutil.copytree(self.path / "python", folder / "python", dirs_exist_ok=True)
+        for path, content in changed.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
 
-def fetch(version: str, config: Config, cache: Path) -> Wheel:
-    """The wheel of a release, from the cache or the package index. The pinned release's
-    must have its sha256."""
-    found = sorted(cache.glob(f"sglang-{version}-*.whl"))
-    if not found:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
-        pip += ["--only-binary=:all:", "--dest", str(cache), f"sglang=={version}"]
-        if subprocess.run(pip, stdout=2).returncode:  # stdout is for the patch
+
+def checkout(path: Path) -> Tree:
+    """A working tree of sglang's repository. Raises ReleaseError for another folder."""
+    parts = (PACKAGE, "python/pyproject.toml", "test")
+    missing = [part for part in parts if not (path / part).exists()]
+    kind = f"is not a checkout of sglang: it has no {PACKAGE}"
+    if PACKAGE not in missing:
+        kind = f"is a part of sglang's source: it has no {' and no '.join(missing)}"
+    elif any((package / "srt").is_dir() for package in (path, path / "sglang")):
+        kind = "is sglang's package alone, as a wheel installs it"
+    if missing:
+        raise ReleaseError(
+            f"{path} {kind}. Clone https://github.com/sgl-project/sglang, or build a "
+            "wheel: scripts/patchset wheel"
+        )
+    describe = ["git", "-C", str(path), "describe", "--tags", "--always"]
+    told = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    found = re.match(r"v(\d[\w.]*)", told)
+    return Tree(path, f"upstream {told or 'checkout'}", found[1] if found else "")
+
+
+def fetch(version: str, config: dict, cache: Path) -> Tree:
+    """A release, from the cache or the package index; a wheel in the cache that is
+    damaged, or not the pinned release's by its sha256, is fetched again."""
+    for wheel in cache.glob(f"sglang-{version}-*.whl"):
+        if not (problem := _problem(wheel, version, config)):
+            return _unpacked(wheel, version)
+        print(f"{problem}: fetching it again", file=sys.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        if not (new := download(version, Path(folder))):
             raise ReleaseError(f"sglang {version} could not be fetched")
-        found = sorted(cache.glob(f"sglang-{version}-*.whl"))
-    wheel = found[0]
-    if version == config.release["version"]:
-        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if digest != config.release["sha256"]:
-            raise ReleaseError(f"{wheel}: sha256 is {digest}, not upstream.toml's")
-    return Wheel(wheel, version)
+        if problem := _problem(new, version, config):
+            raise ReleaseError(f"{problem}, as the package index has it")
+        return _unpacked(new.replace(cache / new.name), version)
 
 
-def repack(
-    wheel: Wheel, changed: dict[str, bytes], config: Config, output: Path
-) -> Path:
-    """Writes upstream's wheel with the changed files, our version and our pins."""
-    old, new = f"sglang-{wheel.version}", f"sglang-{config.version}"
-    files = _members(wheel.path)
-    for path, content in changed.items():
-        files[path.removeprefix("python/")] = content
-    _edit_versions(files, f"{old}.dist-info/METADATA", wheel.version, config)
-    files = {
-        n.replace(f"{old}.dist-info/", f"{new}.dist-info/"): files[n] for n in files
-    }
-    del files[f"{new}.dist-info/RECORD"]
-    files = {n: files[n] for n in sorted(files, key=lambda n: ".dist-info/" in n)}
-    files[f"{new}.dist-info/RECORD"] = _record(files, f"{new}.dist-info/RECORD")
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / wheel.path.name.replace(old, new)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in files.items():
-            info = zipfile.ZipInfo(
-                name
-            )  # its date is fixed, so the wheel is reproducible
-            info.compress_type = zipfile.ZIP_DEFLATED
-            info.external_attr = 0o100644 << 16
-            archive.writestr(info, content)
-    target.write_bytes(buffer.getvalue())
-    return target
+def download(version: str, folder: Path) -> Path | None:
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps"]
+    pip += ["--only-binary=:all:", "--dest", str(folder), f"sglang=={version}"]
+    subprocess.run(pip, stdout=2)  # stdout is for the patch
+    return next(folder.glob("*.whl"), None)
+
+
+def _problem(wheel: Path, version: str, config: dict) -> str:
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    pinned = config["release"]
+    if version == pinned["version"] and digest != pinned["sha256"]:
+        return f"{wheel}: sha256 is {digest}, not upstream.toml's"
+    return "" if zipfile.is_zipfile(wheel) else f"{wheel} is damaged"
+
+
+def _unpacked(wheel: Path, version: str) -> Tree:
+    folder = tempfile.TemporaryDirectory()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(Path(folder.name, "python"))
+    return Tree(Path(folder.name), f"upstream {version}", version, wheel, folder)
+
+
+def patched_version(config: dict) -> str:
+    return f"{config['release']['version']}+mxfp8.{config['release']['patch']}"
+
+
+def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) -> Path:
+    """Writes upstream's wheel with the changed files, our version and our pins. The same
+    changes give the same bytes."""
+    version = patched_version(config)
+    numbers = (*map(int, tree.version.split(".")), version.split("+")[1])
+    lines = {"Version: ": version}
+    lines |= {f"Requires-Dist: {n}==": pin for n, pin in config["requires"].items()}
+    with tempfile.TemporaryDirectory() as unpacked:
+        tree.copy_package(Path(unpacked), changed)
+        top = Path(unpacked, "python")
+        (top / "sglang/_version.py").write_text(
+            f"__version__ = version = {version!r}\n"
+            f"__version_tuple__ = version_tuple = {numbers!r}\n"
+        )
+        info = top / f"sglang-{tree.version}.dist-info"
+        info = info.rename(top / f"sglang-{version}.dist-info")
+        metadata = (info / "METADATA").read_text()
+        for start, pin in lines.items():
+            metadata = substitute(
+                rf"(?m)^{start}\S+$", start + pin, metadata, "METADATA"
+            )
+        (info / "METADATA").write_text(metadata)
+        pack = [sys.executable, "-m", "wheel", "pack", str(top), "-d", str(folder)]
+        fixed_date = os.environ | {"SOURCE_DATE_EPOCH": "315532800"}
+        subprocess.run(pack, check=True, env=fixed_date, stdout=2)
+    return folder / tree.wheel.name.replace(tree.version, version)
 
 
 def substitute(pattern: str, replacement: str, text: str, where: str) -> str:
@@ -140,46 +143,3 @@ def substitute(pattern: str, replacement: str, text: str, where: str) -> str:
             f"{where} has {found or 'no'} match for `{pattern}`, not one"
         )
     return re.sub(pattern, replacement, text)
-
-
-def _members(path: Path) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as archive:
-        return {
-            i.filename: archive.read(i) for i in archive.infolist() if not i.is_dir()
-        }
-
-
-def _edit_versions(files: dict, metadata: str, version: str, config: Config) -> None:
-    ours = config.version
-    numbers = ", ".join(
-        [*config.release["version"].split("."), repr(ours.split("+")[1])]
-    )
-    edits = [
-        (metadata, rf"(?m)^Version: {re.escape(version)}$", f"Version: {ours}"),
-        ("sglang/_version.py", r"(?m)^(__version__ = .*)'.*'$", rf"\g<1>'{ours}'"),
-        (
-            "sglang/_version.py",
-            r"(?m)^(__version_tuple__ = .*)\(.*\)$",
-            rf"\1({numbers})",
-        ),
-    ]
-    for name, pin in config.requires.items():
-        edits.append(
-            (
-                metadata,
-                rf"(?m)^Requires-Dist: {name}==\S+$",
-                f"Requires-Dist: {name}=={pin}",
-            )
-        )
-    for file, pattern, replacement in edits:
-        text = files[file].decode()
-        files[file] = substitute(pattern, replacement, text, file).encode()
-
-
-def _record(files: dict[str, bytes], own_name: str) -> bytes:
-    lines = []
-    for name, content in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=")
-        quoted = f'"{name}"' if "," in name else name
-        lines.append(f"{quoted},sha256={digest.decode()},{len(content)}\n")
-    return "".join([*lines, f"{own_name},,\n"]).encode()

@@ -5,6 +5,8 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+from overlay.cli import main
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TOML = """
@@ -25,18 +27,23 @@ date = "2026-01-01T00:00:00Z"
 
 [[edit]]
 file = "python/pyproject.toml"
-find = '"flashinfer_python==[\\w.]+"'
+why = "b needs it"
+find = '"flashinfer_python==1.0"'
 replace = '"flashinfer_python==2.0"'
+present = '"flashinfer_python==2.0"'
 
 [[edit]]
 file = "docs/options.md"
-find = '(?m)^(\\| `--gemm` \\| `a`, )(?:`b`, )?'
+why = "name b"
+find = '(?m)^(\\| `--gemm` \\| `a`, )'
 replace = '\\1`b`, '
+present = '(?m)^\\| `--gemm` \\|.*`b`'
 """
 
 UPSTREAM = {
     "sglang/_version.py": "__version__ = version = '1.0'\n"
     "__version_tuple__ = version_tuple = (1, 0)\n",
+    "sglang/__init__.py": "",
     "sglang/core.py": "CHOICES = ['a']\n\n\ndef run(x):\n    return x\n",
     "sglang/other.py": "def helper():\n    return 1\n\n\ndef kept():\n    return 2\n",
     "sglang/data, with comma.json": "{}\n",
@@ -58,6 +65,8 @@ OVERLAY = {
     "test/registered/test_core.py": '"""\nTestB\n    why: covers b\n"""\n\n\n'
     "class TestB:\n    pass\n",
     "test/registered/test_trick.py": '"""Tests the trick."""\n',
+    "test/registered/test_here.py": "import hypothesis\n",
+    "test/registered/test_table.py": "ROOT = Path(__file__).parents[3]\n",
 }
 
 CHECKOUT = {
@@ -80,6 +89,7 @@ def make_project(
             archive.writestr(name, text)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     (root / "upstream.toml").write_text(toml.replace("{sha256}", sha256))
+    assert main(["lock"], root) == 0
     return root
 
 

@@ -1,52 +1,64 @@
-"""The commands, on a small upstream: wheel, diff, apply, check, and their errors."""
+"""The commands, on a small upstream: what they write and say, and what they refuse."""
 
+import shutil
 import zipfile
 
 import pytest
+from overlay import check, release
 from overlay.cli import main
 from small_upstream import OVERLAY, UPSTREAM, commit, git, snapshot, write
 
+CORE = "python/sglang/core.py"
+WHEEL = ".cache/sglang-1.0-py3-none-any.whl"
+
+
+def told(capsys) -> str:
+    return capsys.readouterr().err
+
+
+def refused(capsys, project, *arguments, code=1) -> str:
+    """What a command says that changes nothing."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments], project) == code
+    return told(capsys)
+
 
 def test_wheel(project, tmp_path, capsys):
-    assert main(["wheel", "--output", str(tmp_path / "out")], project) == 0
+    arguments = ["wheel", "--output", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert main(arguments, project) == 0
     output = capsys.readouterr()
     wheel = tmp_path / "out/sglang-1.0+mxfp8.3-py3-none-any.whl"
     assert output.out == f"{wheel}\n"
-    assert "+2     -1  python/sglang/core.py" in output.err
-    assert "test_trick" not in output.err
+    assert f"changed  {CORE}" in output.err and f"pip install {wheel}" in output.err
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         assert "sglang/trick.py" in names and "sglang-1.0.dist-info/RECORD" not in names
+        assert not any("test_trick" in name for name in names)
         version = archive.read("sglang/_version.py").decode()
         metadata = archive.read("sglang-1.0+mxfp8.3.dist-info/METADATA").decode()
     assert "'1.0+mxfp8.3'" in version and "(1, 0, 'mxfp8.3')" in version
     assert "Version: 1.0+mxfp8.3\nRequires-Dist: flashinfer_python==2.0\n" in metadata
     first = wheel.read_bytes()
-    main(["wheel", "--output", str(tmp_path / "out")], project)
+    main(arguments, project)
     assert wheel.read_bytes() == first
 
 
-def test_wheel_of_another_sha256_is_refused(project, capsys):
-    with zipfile.ZipFile(
-        project / ".cache/sglang-1.0-py3-none-any.whl", "a"
-    ) as archive:
-        archive.writestr("sglang/more.py", "")
-    assert main(["check"], project) == 1
-    assert "sha256" in capsys.readouterr().err
-
-
 def test_diff_against_the_release(project, tmp_path, capsys):
-    patch = tmp_path / "out.patch"
-    assert main(["diff", "--output", str(patch)], project) == 0
-    assert "skipped  test/registered/test_core.py" in capsys.readouterr().err
+    patch, again = tmp_path / "out.patch", tmp_path / "again.patch"
+    for output in (patch, again):
+        assert main(["diff", "--output", str(output)], project) == 0
+    assert again.read_bytes() == patch.read_bytes()
+    said = told(capsys)
+    assert "skipped  test/registered/test_core.py: it edits a file that wheels" in said
+    assert f"git am {patch}" in said
     text = patch.read_text()
-    assert "Subject: Teach the package a trick\n\nIt was asked for.\n" in text
+    assert "Subject: Teach the package a trick\n" in text
+    assert "\n\nIt was asked for.\n" in text
     assert "- CHOICES, run: b is faster (org/repo#7)\n" in text
     assert "until" not in text
     assert "b/test/registered/test_trick.py" in text
-    again = tmp_path / "again.patch"
-    main(["diff", "--output", str(again)], project)
-    assert again.read_bytes() == patch.read_bytes()
+    assert "test_here" not in text and "test_table" not in text
 
 
 def test_diff_against_a_checkout(project, checkout, tmp_path):
@@ -55,7 +67,6 @@ def test_diff_against_a_checkout(project, checkout, tmp_path):
     patch = tmp_path / "out.patch"
     assert main(["diff", "--tree", str(checkout), "--output", str(patch)], project) == 0
     assert snapshot(checkout) == before
-    git(checkout, "apply", "--check", str(patch))
     git(checkout, "am", str(patch))
     patched = snapshot(checkout)
     assert b'"flashinfer_python==2.0"' in patched["python/pyproject.toml"]
@@ -69,83 +80,211 @@ def test_diff_against_a_checkout(project, checkout, tmp_path):
     assert snapshot(checkout) == patched
 
 
+@pytest.mark.parametrize("kind", ["missing", "folder", "file", "read-only"])
+@pytest.mark.parametrize("command", ["diff", "wheel"])
+def test_an_output_that_cannot_be_written(command, kind, project, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    names = {"folder": tmp_path, "file": tmp_path / "file/x", "read-only": "/proc/x"}
+    output = names.get(kind, tmp_path / "file/nope/x")
+    if (command, kind) == ("wheel", "folder"):
+        output = tmp_path / "file"
+    said = refused(capsys, project, command, "--output", output)
+    assert said.startswith("error: ") and said.count("\n") == 1  # before the work
+    assert kind == "read-only" or str(tmp_path) in said
+
+
 def test_apply_twice_changes_nothing_more(project, checkout, capsys):
+    (checkout / CORE).chmod(0o755)
     assert main(["apply", str(checkout)], project) == 0
+    said = told(capsys)
+    assert f"files into {checkout}. Next, there: `git diff`" in said
+    assert (checkout / CORE).stat().st_mode & 0o777 == 0o755
     patched = snapshot(checkout)
-    assert "python/sglang/trick.py" in patched
-    capsys.readouterr()
     for command in ("apply", "check"):
-        assert main([command, str(checkout)], project) == 0
-        assert "already applied; nothing to do" in capsys.readouterr().err
-    assert snapshot(checkout) == patched
+        said = refused(capsys, project, command, checkout, code=0)
+        assert "already applied; nothing to do" in said
+    assert snapshot(checkout) == patched and "python/sglang/trick.py" in patched
 
 
-def test_apply_keeps_file_modes(project, checkout):
-    (checkout / "python/sglang/core.py").chmod(0o755)
-    assert main(["apply", str(checkout)], project) == 0
-    assert (checkout / "python/sglang/core.py").stat().st_mode & 0o777 == 0o755
-
-
-def test_check_writes_nothing(project, checkout, capsys):
-    before = snapshot(checkout)
-    assert main(["check", str(checkout)], project) == 0
-    assert "+0     -4  python/sglang/other.py" in capsys.readouterr().err
-    assert snapshot(checkout) == before
-
-
-def test_half_applied_tree_is_refused(project, checkout, capsys):
+def test_a_tree_that_was_patched_in_part_is_refused(project, checkout, capsys):
     other = UPSTREAM["sglang/other.py"].partition("def kept")
     write(checkout, {"python/sglang/other.py": "".join(other[1:])})
     before = snapshot(checkout)
-    assert main(["apply", str(checkout)], project) == 1
-    errors = capsys.readouterr().err
-    assert "other.py: upstream checkout has no `helper` to drop" in errors
-    assert "already in this tree: if it was patched in part, restore it first" in errors
+    said = refused(capsys, project, "apply", checkout)
+    assert "other.py: upstream checkout: `helper` is not there to drop" in said
+    assert "if it was patched before, restore it first" in said
     assert snapshot(checkout) == before
 
 
 def test_errors_are_collected_and_nothing_is_written(project, checkout, capsys):
-    core = OVERLAY["python/sglang/core.py"]
-    write(project, {"python/sglang/core.py": core.replace("run", "runs")})
+    write(project, {CORE: OVERLAY[CORE].replace("run", "runs")})
     write(checkout, {"docs/options.md": "nothing", "python/pyproject.toml": ""})
-    before = snapshot(checkout)
-    git(checkout, "init", "-q")
-    git(checkout, "add", ".")
-    git(checkout, "commit", "-q", "-m", "base")
+    write(checkout, {"python/sglang/trick.py": "VALUE = 3\n"})
+    (checkout / "python/sglang/other.py").unlink()
+    commit(checkout)
     git(checkout, "tag", "v1.1")
-    assert main(["apply", str(checkout)], project) == 1
-    told = capsys.readouterr().err
+    before = snapshot(checkout)
+    said = refused(capsys, project, "apply", checkout)
     for error in (
-        "python/sglang/core.py: upstream v1.1 has no `runs` to prepend to",
-        "python/pyproject.toml: upstream v1.1 has no match for",
+        "core.py: upstream v1.1: `runs` is not there to prepend",
+        "pyproject.toml: upstream v1.1 has no match for",
+        "other.py: upstream v1.1 has no such file to merge into",
+        "trick.py: upstream v1.1 has this file, and ours has no ledger",
+        " skipped  docs/options.md: upstream v1.1 has no match",
+        "4 problems, nothing is written",
     ):
-        assert error in told
-    assert "skipped  docs/options.md" in told
-    assert "2 errors; nothing is written" in told
+        assert error in said
     assert snapshot(checkout) == before
 
 
-def test_a_page_that_is_not_there_is_skipped(project, checkout, capsys):
-    (checkout / "docs/options.md").unlink()
-    assert main(["check", str(checkout)], project) == 0
-    assert "skipped  docs/options.md" in capsys.readouterr().err
+@pytest.mark.parametrize("row", ["`a`, `b`, `c`", "`a`, `c`, `b`"])
+def test_what_upstream_says_itself_stays(row, project, checkout, capsys):
+    pins = {"python/pyproject.toml": '"flashinfer_python==3.0"\n'}
+    page = {"docs/options.md": f"| `--gemm` | {row} |\n"}
+    write(checkout, pins | page)
+    assert "no match for" in refused(capsys, project, "apply", checkout)
+    write(checkout, {"python/pyproject.toml": '"flashinfer_python==2.0"\n'})
+    assert main(["apply", str(checkout)], project) == 0
+    assert (checkout / "docs/options.md").read_text() == page["docs/options.md"]
 
 
-def test_a_file_to_edit_must_be_there(project, checkout, capsys):
-    (checkout / "python/sglang/core.py").unlink()
-    (checkout / "python/sglang/trick.py").write_text("VALUE = 3\n")
-    assert main(["check", str(checkout)], project) == 1
-    told = capsys.readouterr().err
-    assert "core.py: upstream checkout has no such file to merge into" in told
-    assert (
-        "trick.py: upstream checkout has this file, and the overlay's has no ledger"
-        in told
+@pytest.mark.parametrize(
+    "gone, inside, kind",
+    [
+        ("python/sglang", "", "is not a checkout of sglang: it has no python/sglang/"),
+        ("test", "", "is a part of sglang's source: it has no test"),
+        ("python/pyproject.toml", "", "it has no python/pyproject.toml"),
+        ("test", "python", "is sglang's package alone"),
+        ("test", "python/sglang", "is sglang's package alone"),
+        ("test", "nowhere", "is not a checkout of sglang"),
+    ],
+)
+def test_what_kind_of_tree_it_is(gone, inside, kind, project, checkout, capsys):
+    (checkout / "python/sglang/srt").mkdir()
+    target = checkout / gone
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    said = refused(capsys, project, "apply", checkout / inside)
+    assert kind in said and "Clone https://github.com/sgl-project/sglang" in said
+
+
+# The wheel in the cache
+
+
+@pytest.mark.parametrize("what", ["truncated", "another", "empty"])
+def test_a_damaged_wheel_is_fetched_again(what, project, tmp_path, monkeypatch, capsys):
+    wheel, good = project / WHEEL, tmp_path / "good" / "sglang-1.0-py3-none-any.whl"
+    good.parent.mkdir()
+    shutil.copy(wheel, good)
+    fetched = lambda version, folder: shutil.copy(good, folder) and folder / good.name
+    monkeypatch.setattr(release, "download", lambda version, folder: None)
+    data = {"truncated": good.read_bytes()[:300], "another": good.read_bytes() + b"x"}
+    wheel.write_bytes(data.get(what, b""))
+    assert "could not be fetched" in refused(capsys, project, "diff")
+    assert wheel.exists()  # until there is a better one
+    monkeypatch.setattr(release, "download", fetched)
+    said = refused(capsys, project, "diff", code=0)
+    assert "fetching it again" in said and wheel.read_bytes() == good.read_bytes()
+    assert "fetching" not in refused(capsys, project, "diff", code=0)
+
+
+def test_a_fetched_wheel_of_another_sha256_is_refused(project, monkeypatch, capsys):
+    (project / WHEEL).unlink()
+
+    def other(version, folder):
+        (folder / "sglang-1.0-py3-none-any.whl").write_bytes(b"PK")
+        return folder / "sglang-1.0-py3-none-any.whl"
+
+    monkeypatch.setattr(release, "download", other)
+    assert "not upstream.toml's, as the package index" in refused(
+        capsys, project, "check"
     )
+    assert not (project / WHEEL).exists()
 
 
-def test_what_is_no_checkout(project, tmp_path, capsys):
-    assert main(["apply", str(tmp_path)], project) == 1
-    assert "is not a checkout of sglang" in capsys.readouterr().err
+# The lock
+
+
+def test_drift_is_refused_by_name_with_its_diff(project, checkout, capsys):
+    text = UPSTREAM["sglang/core.py"].replace("return x", "# More.\n    return x + 7")
+    write(checkout, {CORE: text.replace("['a']", "['a', 'z']")})
+    before = snapshot(checkout)
+    for command in ("check", "apply"):
+        said = refused(capsys, project, command, checkout)
+        assert f"{CORE}: `run` is not the one of 1.0 that the edit was written" in said
+        assert "-    return x\n+    # More.\n+    return x + 7\n" in said
+        assert "CHOICES" not in said  # a list may grow
+    assert snapshot(checkout) == before
+    # Upstream itself added what the overlay adds, or the definition was never recorded.
+    write(checkout, {CORE: UPSTREAM["sglang/core.py"] + "\n\ndef new():\n    pass\n"})
+    overlay = (
+        OVERLAY[CORE].replace("run\n", "run, new\n") + "\n\ndef new():\n    return 1\n"
+    )
+    write(project, {CORE: overlay})
+    said = refused(capsys, project, "apply", checkout)
+    assert f"{CORE}: `new` is new here: nothing is recorded of it in 1.0" in said
+
+
+@pytest.mark.parametrize("how", ["older", "missing", "other release"])
+def test_a_lock_that_is_out_of_date(how, project, monkeypatch, capsys):
+    lock = project / "upstream.lock.toml"
+    text = lock.read_text()
+    if how == "older":
+        lock.write_text(text.replace("run", "runs"))
+    else:
+        other = text.replace("1.0", "0.9").replace(' = "', ' = "0')
+        lock.write_text(other if how == "other release" else "")
+    monkeypatch.setattr(release, "download", lambda version, folder: None)
+    commands = ["check"] if how == "older" else ["check", "wheel", "diff"]
+    for command in commands:
+        said = refused(capsys, project, command)
+        assert "run scripts/patchset lock" in said or "`run` is" in said
+    if how != "other release":
+        assert main(["lock"], project) == 0
+        assert lock.read_text() == text
+
+
+# The check
+
+
+def test_check_writes_nothing_and_imports_what_it_can(
+    project, checkout, monkeypatch, capsys
+):
+    commit(checkout)
+    git(checkout, "tag", "v1.0")
+    before = snapshot(checkout)
+    assert "not imported: .venv has no packages" in refused(
+        capsys, project, "check", checkout, code=0
+    )
+    monkeypatch.setattr(check, "installed_release", lambda: "1.0")
+    for tree in ([], [checkout]):
+        said = refused(capsys, project, "check", *tree, code=0)
+        assert "imported: 3 of 3 modules" in said
+    assert snapshot(checkout) == before
+
+
+@pytest.mark.parametrize(
+    "code, error",
+    [
+        ("import os\n", "trick.py: ruff, isort or black would"),
+        (
+            "import sys\nimport os\n\nX = os, sys\n",
+            "trick.py: ruff, isort or black would",
+        ),
+        ("X = [1,2]\n", "trick.py: ruff, isort or black would"),
+        ("X = lambda: y\n", "trick.py: `y` is undefined"),
+        ("X = int('x')\n", "sglang.trick: ValueError: invalid literal"),
+        ("from sglang.core import no\n\nX = no\n", "sglang.trick: ImportError: cannot"),
+        ("import os\n\nos._exit(3)\n", "the import: ends its process"),
+        ("def f(:\n", "trick.py: "),
+        ("import nowhere\n\nX = nowhere\n", ""),
+    ],
+)
+def test_check_finds(code, error, project, monkeypatch, capsys):
+    monkeypatch.setattr(check, "installed_release", lambda: "1.0")
+    write(project, {"python/sglang/trick.py": f'"""The trick."""\n\n{code}'})
+    said = refused(capsys, project, "check", code=bool(error))
+    assert error in said if error else "imported: 2 of 3 modules" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("arguments", [["apply"], ["check", ".", "--release", "1"], []])

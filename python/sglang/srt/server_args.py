@@ -25,7 +25,10 @@ class ServerArgs:
     def add_cli_args(parser):
         parser.add_argument(
             "--fp8-gemm-backend",
-            ...,
+            type=str,
+            choices=FP8_GEMM_RUNNER_BACKEND_CHOICES,
+            default=ServerArgs.fp8_gemm_runner_backend,
+            dest="fp8_gemm_runner_backend",
             help="Kernels for the dense linear layers of blockwise FP8 and MXFP8 models. "
             "'auto' (default) picks by hardware. "
             "'deep_gemm': JIT-compiled, the default on Hopper and Blackwell where DeepGEMM is installed. "

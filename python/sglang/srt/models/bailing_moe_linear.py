@@ -8,27 +8,15 @@ BailingMoELinearForCausalLM._weight_requant_ue8m0
     until: upstream asks for 128x128 blocks
 """
 
-from typing import TYPE_CHECKING
-
 from overlay.marks import prepend, splice
 
-if TYPE_CHECKING:
-    from sglang.srt.models.bailing_moe_linear import block_quant_to_tensor_quant
+from sglang.srt.layers.quantization.mxfp8_weights import mla_kv_b_weight
 
 
 class BailingMoELinearForCausalLM:
-    @splice(
-        within=(
-            "if hasattr(self.quant_config, 'weight_block_size')"
-            " and self.quant_config.weight_block_size is not None",
-        )
-    )
-    def post_load_weights(self, self_attn, weight, weight_scale, weight_block_size):
-        w, scale = (
-            (self_attn.kv_b_proj.mxfp8_weights.dequantized(), 1.0)
-            if hasattr(self_attn.kv_b_proj, "mxfp8_weights")
-            else block_quant_to_tensor_quant(weight, weight_scale, weight_block_size)
-        )
+    @splice(within="else of if hasattr(self_attn.kv_b_proj, 'qweight')")
+    def post_load_weights(self, self_attn):
+        w = mla_kv_b_weight(self_attn)
 
     @prepend
     def _weight_requant_ue8m0(self):

@@ -6,16 +6,14 @@ KimiLinearForCausalLM.load_weights
 
 from overlay.marks import splice
 
+from sglang.srt.layers.quantization.mxfp8_weights import mla_kv_b_weight
+
 
 class KimiLinearForCausalLM:
     @splice
     def load_weights(self, self_attn):
         w_kc, w_vc = (
-            (
-                self_attn.kv_b_proj.mxfp8_weights.dequantized()
-                if hasattr(self_attn.kv_b_proj, "mxfp8_weights")
-                else self_attn.kv_b_proj.weight
-            )
+            mla_kv_b_weight(self_attn)
             .unflatten(0, (-1, self_attn.qk_nope_head_dim + self_attn.v_head_dim))
             .split([self_attn.qk_nope_head_dim, self_attn.v_head_dim], dim=1)
         )

@@ -95,6 +95,8 @@ class UpdateCheck:
                 f"cannot be built on the meta device: {error!r}. {ACCEPT_UNCHECKED}"
             ) from error
         self._layers = name_mxfp8_layers(self._model)
+        for weights in self._layers:
+            weights.fixed_shapes = True
         self._quantizes = any(weights.quantize_on_load for weights in self._layers)
         self._parameters = {
             param.untyped_storage()._cdata: _Parameter(path, name, module, param)
@@ -109,8 +111,6 @@ class UpdateCheck:
         """From now on, checks are of updates of `model`, which is loaded."""
         own = {f"{w.name}.{name}" for w in self._layers for name in (WEIGHT, SCALE)}
         self._expected = own | (_names(self._model) & _names(model))
-        for weights in self._layers:
-            weights.fixed_shapes = True
 
     def tensors(self, model: torch.nn.Module, named_tensors: NamedTensors) -> None:
         """Check tensors in memory. Raises UpdateRefused for what `model` cannot load.
@@ -148,7 +148,7 @@ class UpdateCheck:
         read = _read_safetensors if use_safetensors else _read_pickle
         named_tensors = _without_twins({file: read(file) for file in files})
         if use_safetensors:
-            _check_index(files, {name for name, _ in named_tensors})
+            _check_index(files, {name for name, _ in named_tensors}, model is not None)
         named_tensors = list(rename(named_tensors))
         if name_filter is not None:
             named_tensors = [named for named in named_tensors if name_filter(named[0])]
@@ -431,16 +431,20 @@ def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
-def _check_index(files: List[str], names: Set[str]) -> None:
-    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has."""
-    index = os.path.join(os.path.dirname(files[0]), "model.safetensors.index.json")
+def _check_index(files: List[str], names: Set[str], is_update: bool) -> None:
+    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has.
+
+    At start the file has to be missing: stale entries that no model needs are old news.
+    """
+    folder = os.path.dirname(files[0])
+    index = os.path.join(folder, "model.safetensors.index.json")
     if not os.path.exists(index):
         return
     with open(index) as file:
         weight_map = json.load(file)["weight_map"]
-    missing = sorted(set(weight_map) - names)
-    if missing:
-        raise UpdateRefused(
-            f"{index} has {missing[0]} in {weight_map[missing[0]]}, which lacks it or is "
-            f"not there ({len(missing)} such tensors): fetch the checkpoint again"
-        )
+    for name in sorted(set(weight_map) - names):
+        if is_update or not os.path.exists(os.path.join(folder, weight_map[name])):
+            raise UpdateRefused(
+                f"{index} has {name} in {weight_map[name]}, which lacks it or is not "
+                "there: fetch the checkpoint again"
+            )

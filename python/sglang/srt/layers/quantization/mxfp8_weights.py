@@ -438,3 +438,11 @@ def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     step = max(1, MAX_TEMPORARY_BYTES // (32 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
+
+
+def mla_kv_b_weight(self_attn: torch.nn.Module) -> torch.Tensor:
+    """The weight of `kv_b_proj`, [N, K], for models that read it themselves: of an MXFP8
+    layer dequantized to bf16, in whichever form it is; of another as it is."""
+    layer = self_attn.kv_b_proj
+    weights = getattr(layer, "mxfp8_weights", None)
+    return layer.weight if weights is None else weights.dequantized()
