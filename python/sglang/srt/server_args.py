@@ -25,10 +25,6 @@ class ServerArgs:
     def add_cli_args(parser):
         parser.add_argument(
             "--fp8-gemm-backend",
-            type=str,
-            choices=FP8_GEMM_RUNNER_BACKEND_CHOICES,
-            default=ServerArgs.fp8_gemm_runner_backend,
-            dest="fp8_gemm_runner_backend",
             help="Kernels for the dense linear layers of blockwise FP8 and MXFP8 models. "
             "'auto' (default) picks by hardware. "
             "'deep_gemm': JIT-compiled, the default on Hopper and Blackwell where DeepGEMM is installed. "
@@ -39,4 +35,7 @@ class ServerArgs:
             "'cutlass': Hopper and Blackwell; high throughput. "
             "'triton': runs most widely. 'aiter': ROCm. "
             "Replaces the deprecated SGLANG_ENABLE_FLASHINFER_FP8_GEMM and SGLANG_SUPPORT_CUTLASS_BLOCK_FP8.",
+            dest="fp8_gemm_runner_backend",
+            default=ServerArgs.fp8_gemm_runner_backend,
+            choices=FP8_GEMM_RUNNER_BACKEND_CHOICES,
         )
