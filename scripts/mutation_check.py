@@ -404,7 +404,7 @@ MUTATIONS = (
         "fused-name-first",
         "a list with a part of a fused layer is taken for all of it",
         FORMATS_PY,
-        "_refuse_split(name, parts, [part for part in parts if has(part)])",
+        "_refuse_split(name, parts, [part for part in parts if self.has(part)])",
         "pass",
         (FORMATS,),
     ),
