@@ -11,6 +11,7 @@ of a plain read or copy. Needs a CUDA GPU; what cannot run there is named with i
     ./benchmark/kernels/quantization/bench_mxfp8_linear.py --rehearse --output FILE
 """
 
+import importlib.util
 import json
 import statistics
 import sys
@@ -103,6 +104,8 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 
 def kernels_of(backend: str):
     """sglang's module of functions; RuntimeError where `backend` does not run here."""
+    if importlib.util.find_spec("sglang").origin is None:  # this checkout's folders
+        raise RuntimeError("the patched sglang is not installed")
     from sglang.srt.layers.quantization import fp8_utils, mxfp8_routing
 
     wanted = mxfp8_routing.Mxfp8LinearBackend(backend)

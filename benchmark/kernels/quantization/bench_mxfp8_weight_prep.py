@@ -133,8 +133,8 @@ def wall_ms(run: Callable[[], object]) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-def flashinfer_ms(linear: Linear) -> float:
-    """Median of FlashInfer's helpers; NaN where they do not run."""
+def flashinfer_ms(linear: Linear) -> float | None:
+    """Median of FlashInfer's helpers; None where they do not run."""
     try:
         import flashinfer
 
@@ -143,7 +143,7 @@ def flashinfer_ms(linear: Linear) -> float:
         is_right = torch.equal(weight(), shuffled(linear.weight))
         is_right &= torch.equal(scale().view(-1), swizzled(linear.scale))
     except Exception:  # ninja, nvcc and the loader each have their own
-        return float("nan")
+        return None
     if not is_right:
         raise AssertionError("FlashInfer's helpers give other bytes than the formulas")
     return statistics.median(wall_ms(lambda: (weight(), scale())) for _ in range(3))
@@ -160,7 +160,11 @@ def linear_row(name: str, n: int, k: int) -> str:
         *(name, f"{n} x {k}", f"{n * k / MIB:.1f}", f"{timing.floor_us(moved):.1f}"),
         *(f"{each:.1f} ({moved / each / 1e6:.2f})" for each in us.values()),
         *(f"{us['copy'] / slower:.0%}", f"{temporary / MIB:.2f}"),
-        *(f"{theirs:.1f}", f"{theirs * 1e3 / slower:.0f}"),
+        *(
+            ["-", "-"]
+            if theirs is None
+            else [f"{theirs:.1f}", f"{theirs * 1e3 / slower:.0f}"]
+        ),
     )
 
 

@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Our MXFP8 quantizer and layouts against FlashInfer's own, where those can run.
 
 On any CUDA device with nvcc and flashinfer_python 0.6.7.post3 (which builds its module at
@@ -5,23 +6,17 @@ the first call): FlashInfer's host quantizer, its shuffles, and the one approxim
 instruction that its device quantizer uses. sglang need not be installed. FlashInfer's
 device quantizer and its GEMMs need SM100, and are not run.
 
-    python benchmark/kernels/quantization/check_mxfp8_oracles.py --output FILE
+    ./benchmark/kernels/quantization/check_mxfp8_oracles.py --output FILE
 """
 
-import argparse
-import datetime
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator, List, Tuple
 
-import flashinfer
+import mxfp8_timing as timing
 import torch
 import triton
 import triton.language as tl
-from flashinfer import SfLayout
-
-# Without an installed sglang, the folders of this checkout are its (namespace) package.
-sys.path.append(str(Path(__file__).resolve().parents[3] / "python"))
 
 from sglang.srt.layers.quantization.mxfp8_emulation import quantize
 from sglang.srt.layers.quantization.mxfp8_layout import shuffle_rows, swizzle_scale
@@ -42,10 +37,18 @@ EDGES = {
 }
 
 
-def host_quantize(x: torch.Tensor, layout) -> Tuple[torch.Tensor, torch.Tensor]:
+def verdict(what: str, is_equal: bool) -> str:
+    return f"- {what}: {'equal' if is_equal else 'DIFFERENT'}"
+
+
+def host_quantize(x: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashInfer's quantizer of a CPU tensor, fp32 [M, K]: bytes [M, K] and 1-D scale."""
+    import flashinfer
+
     values, scale = flashinfer.mxfp8_quantize(
-        x.contiguous(), sf_swizzle_layout=layout, enable_pdl=False
+        x.contiguous(),
+        sf_swizzle_layout=flashinfer.SfLayout[f"layout_{layout}"],
+        enable_pdl=False,
     )
     return values.view(torch.uint8), scale
 
@@ -87,37 +90,27 @@ def normal_quotient(x: torch.Tensor) -> torch.Tensor:
 
 def compare_values() -> Iterator[str]:
     """Values and linear scales, bit for bit; yields a line per set of groups."""
+    amaxes = [f * 2.0**e for e in (-14, -3, 0, 9) for f in (1, 1.5, 1.75, 1.9921875)]
     for dtype in (torch.bfloat16, torch.float16):
-        sets = {
-            "every normal amax, 8 sets of neighbours": torch.cat(
-                [groups_by_amax(dtype, seed) for seed in range(8)]
-            ),
-            "every normal value below 16 amaxes": torch.cat(
-                [
-                    all_values_below(amax, dtype)
-                    for e in (-14, -3, 0, 9)
-                    for amax in (
-                        2.0**e,
-                        1.5 * 2.0**e,
-                        1.75 * 2.0**e,
-                        1.9921875 * 2.0**e,
-                    )
-                ]
-            ),
-        }
-        for name, groups in sets.items():
-            groups = normal_quotient(groups)
-            expected, expected_scale = host_quantize(groups, SfLayout.layout_linear)
+        neighbours = [groups_by_amax(dtype, seed) for seed in range(8)]
+        below = [all_values_below(amax, dtype) for amax in amaxes]
+        for name, sets in (
+            ("every normal amax, 8 sets of neighbours", neighbours),
+            ("every normal value below 16 amaxes", below),
+        ):
+            groups = normal_quotient(torch.cat(sets))
+            expected, expected_scale = host_quantize(groups, "linear")
             values, scale = quantize(groups)
             wrong = (values.view(torch.uint8) != expected).any(1)
             wrong |= scale.view(-1) != expected_scale
-            yield (f"{dtype}, {name}: {len(groups)} groups, {int(wrong.sum())} differ")
+            what = f"{dtype}, {name}, {len(groups)} groups, {int(wrong.sum())} differ"
+            yield verdict(what, not wrong.any())
 
 
 def compare_128x4() -> Iterator[str]:
     for m, k in ((1, 32), (5, 288), (128, 128), (129, 4096), (300, 2880)):
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-        expected, expected_scale = host_quantize(x, SfLayout.layout_128x4)
+        expected, expected_scale = host_quantize(x, "128x4")
         values, scale = quantize(x)
         scale = swizzle_scale(scale)
         # FlashInfer's host form leaves the padding as it was allocated.
@@ -125,35 +118,33 @@ def compare_128x4() -> Iterator[str]:
         same = torch.equal(values.view(torch.uint8), expected)
         same &= len(scale) == len(expected_scale)
         same &= torch.equal(scale[real], expected_scale[real])
-        yield f"[{m}, {k}], 128x4 scale: {'equal' if same else 'DIFFERENT'}"
+        yield verdict(f"[{m}, {k}], 128x4 scale", same)
 
 
 def edges() -> Iterator[str]:
     """A table: what the host form and ours, which follows the device's source, give."""
-    yield "| group (the rest is zero) | host: scale, first values | ours: scale, first values |"
-    yield "| --- | --- | --- |"
+    titles = "group (the rest is zero)", "host: scale, first values"
+    yield timing.head(*titles, "ours: scale, first values")
     for name, head in EDGES.items():
         x = torch.zeros(1, GROUP)
         x[0, : len(head)] = torch.tensor(head)
         cells = []
-        for values, scale in (host_quantize(x, SfLayout.layout_linear), quantize(x)):
+        for values, scale in (host_quantize(x, "linear"), quantize(x)):
             first = values.view(torch.float8_e4m3fn)[0, :2].float().tolist()
             cells.append(f"{scale.view(-1)[0]}, {first}")
-        yield f"| {name} | {' | '.join(cells)} |"
+        yield timing.row(name, *cells)
 
 
 def compare_layouts() -> Iterator[str]:
     """FlashInfer's shuffles on the device, random bytes."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    import flashinfer
 
-    def random_bytes(rows: int, columns: int) -> torch.Tensor:
-        size, device = (rows, columns), "cuda"
-        return torch.randint(
-            256, size, dtype=torch.uint8, device=device, generator=generator
-        )
-
+    torch.manual_seed(0)
     for n, k in LAYOUT_SHAPES:
-        weight, scale = random_bytes(n, k), random_bytes(n, k // GROUP)
+        weight, scale = (
+            torch.randint(256, (n, columns), dtype=torch.uint8, device="cuda")
+            for columns in (k, k // GROUP)
+        )
         pairs = {
             "shuffle_matrix_a": (
                 flashinfer.shuffle_matrix_a(weight, 128),
@@ -170,7 +161,7 @@ def compare_layouts() -> Iterator[str]:
         }
         for name, (theirs, ours) in pairs.items():
             same = torch.equal(theirs.view(torch.uint8).view(-1), ours.view(-1))
-            yield f"{name}, [{n}, {k}]: {'equal' if same else 'DIFFERENT'}"
+            yield verdict(f"{name}, [{n}, {k}]", same)
 
 
 @triton.jit
@@ -196,31 +187,23 @@ def approximate_reciprocal(x: torch.Tensor) -> torch.Tensor:
 
 
 def compare_reciprocals() -> Iterator[str]:
-    x = torch.tensor([448.0], device="cuda")
-    ours = torch.tensor(1.0 / 448.0, dtype=torch.float32)
-    bits = approximate_reciprocal(x).cpu().view(torch.int32).item()
-    same = bits == ours.view(torch.int32).item()
-    yield (
-        f"rcp.approx.ftz(448) = 0x{bits:08x}, 1/448 rounded = "
-        f"0x{ours.view(torch.int32).item():08x}: {'equal' if same else 'DIFFERENT'}"
-    )
+    theirs = approximate_reciprocal(torch.tensor([448.0], device="cuda")).cpu()
+    ours = torch.tensor([1.0 / 448.0], dtype=torch.float32)
+    yield verdict("rcp.approx.ftz(448) and 1/448 rounded", torch.equal(theirs, ours))
     # 448 * 2^n decides between two scales: its product must be the power of two itself.
-    exponents = torch.arange(-117, 119, dtype=torch.float32)
-    decided = 448.0 * torch.exp2(exponents) * ours
-    exact = torch.equal(decided, torch.exp2(exponents))
-    yield f"448 * 2^n times it is 2^n for n in -117..118: {'yes' if exact else 'NO'}"
+    powers = torch.exp2(torch.arange(-117, 119, dtype=torch.float32))
+    same = torch.equal(448.0 * powers * ours, powers)
+    yield verdict("448 * 2^n times it and 2^n for n in -117..118", same)
     powers = torch.exp2(torch.arange(-126, 128, dtype=torch.float32)).cuda()
     exact = torch.exp2(-torch.arange(-126, 128, dtype=torch.float64)).float()
     exact[exact < torch.finfo(torch.float32).tiny] = 0.0
     same = torch.equal(approximate_reciprocal(powers).cpu(), exact)
-    yield f"rcp.approx.ftz of 2^-126..2^127 is exact, flushed: {'yes' if same else 'NO'}"
+    yield verdict("rcp.approx.ftz of 2^-126..2^127 and the exact one, flushed", same)
 
 
-def report() -> Iterator[str]:
-    name, date = torch.cuda.get_device_name(), datetime.date.today().isoformat()
-    yield "# MXFP8 quantization and layouts against FlashInfer's own\n"
-    yield f"Command: `python check_mxfp8_oracles.py --output FILE`, {date}\n"
-    yield f"- GPU: {name}; torch {torch.__version__}; FlashInfer {flashinfer.__version__}"
+def report(differences: list[str]) -> Iterator[str]:
+    """The lines of the result; `differences` gets those that are different."""
+    yield f"# MXFP8 quantization and layouts against FlashInfer's own\n\n{timing.environment()}\n"
     yield "- Run: FlashInfer's host quantizer, its shuffles, and one instruction."
     yield "- Not run: FlashInfer's device quantizer and its GEMMs, which need SM100."
     for title, lines in (
@@ -231,34 +214,21 @@ def report() -> Iterator[str]:
         ("The approximate reciprocal", compare_reciprocals()),
     ):
         yield f"\n## {title}\n"
-        is_table = title.startswith("Edges")
-        yield from (line if is_table else f"- {line}" for line in lines)
-
-
-def failures(lines: List[str]) -> List[str]:
-    return [
-        line
-        for line in lines
-        if "DIFFERENT" in line
-        or line.endswith(": NO")
-        or (line.endswith(" differ") and not line.endswith(", 0 differ"))
-    ]
+        for line in lines:
+            differences += [line] if "DIFFERENT" in line else []
+            yield line
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, help="also write the report here")
+    parser = timing.parser(__doc__)
+    parser.add_argument("--output", type=Path, help="also write what is printed here")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("this check needs a CUDA device")
-    lines = []
-    for line in report():
-        print(line, flush=True)
-        lines.append(line)
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
-    if failures(lines):
-        sys.exit(f"{len(failures(lines))} comparisons failed")
+    if not timing.HAS_GPU:
+        parser.error("this check needs a CUDA GPU, and FlashInfer")
+    differences: list[str] = []
+    timing.report(report(differences), args.output)
+    if differences:
+        sys.exit(f"{len(differences)} comparisons failed")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "scripts"))
-from in_venv import run_in_venv
-
-run_in_venv(needs="torch")
+try:
+    from in_venv import run_in_venv
+except ImportError:  # in a checkout of sglang, which is installed
+    pass
+else:
+    run_in_venv(needs="torch")
 sys.path.append(str(ROOT / "python"))
 import torch
 
