@@ -17,6 +17,8 @@ from typing import List, Optional, Tuple
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -34,7 +36,6 @@ from sglang.test.mxfp8_utils import (
     reference_linear,
 )
 from sglang.test.test_utils import CustomTestCase
-from torch.multiprocessing.reductions import StorageWeakRef
 
 register_cpu_ci(est_time=60, suite="default")
 

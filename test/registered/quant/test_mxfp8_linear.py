@@ -8,6 +8,7 @@ from unittest import mock
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,

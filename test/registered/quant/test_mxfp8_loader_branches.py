@@ -9,6 +9,7 @@ import unittest
 from unittest import mock
 
 import torch
+
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers import linear, parameter
 from sglang.srt.layers.linear import (
@@ -19,9 +20,9 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.quantization import mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
 from sglang.srt.layers.quantization.mxfp8_emulation import quantize
 from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
-from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
+
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.linear import MergedColumnParallelLinear
 from sglang.srt.layers.quantization import mxfp8_model, mxfp8_weights

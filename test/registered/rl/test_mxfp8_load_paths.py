@@ -23,6 +23,8 @@ from collections import defaultdict
 from unittest import mock
 
 import torch
+from transformers import LlamaConfig
+
 from sglang.srt.connector import BaseConnector, create_remote_connector
 from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.layers.linear import ReplicatedLinear
@@ -58,7 +60,6 @@ from sglang.test.mxfp8_utils import (
     write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
-from transformers import LlamaConfig
 
 register_cpu_ci(est_time=60, suite="default")
 

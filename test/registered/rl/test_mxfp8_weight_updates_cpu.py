@@ -15,6 +15,7 @@ from unittest import mock
 
 import requests
 import torch
+
 from sglang.srt.layers.quantization import mxfp8_weights
 from sglang.srt.utils import (
     MultiprocessingSerializer,
