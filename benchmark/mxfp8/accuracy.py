@@ -1,25 +1,17 @@
 #!/usr/bin/env python3
 """Perplexity of a served model over a fixed text, and of MXFP8 beside bf16.
 
-Asks a running server, over HTTP, for the log probability of each token of text.txt.
+Asks a server, over HTTP, for the log probability of each token of text.txt (whose origin
+is in README.md beside it).
 
-    accuracy.py --url URL --output FILE.json [--tokens N]
-        one running server
-    accuracy.py --compare BF16.json MXFP8.json ... [--output RESULT.md]
-        a table of what such runs wrote, each run against the first one
-    accuracy.py --serve [--bf16 DIR] [--mxfp8 DIR] [--tokens N] [--output RESULT.md]
-        launches a server for bf16, for MXFP8 on flashinfer_trtllm and on
-        flashinfer_cutlass, one after the other, asks each, stops it, and compares
+    accuracy.py --url URL --output FILE.json            one running server
+    accuracy.py --compare BF16.json MXFP8.json ...      runs against the first of them
+    accuracy.py --serve [--bf16 DIR] [--mxfp8 DIR]      a server for bf16 and one for each
+                                                        backend, one after the other
 
 The text is read in windows of --window tokens that do not overlap, one at a time, so that
 every server computes on the same shapes; a window's first token has no context and is not
 scored, and what does not fill a window is left out. Needs .venv (./scripts/setup.sh).
-
-text.txt is the beginning (chapters I to VI and part of VII) of "Alice's Adventures in
-Wonderland" by Lewis Carroll (Charles Lutwidge Dodgson, 1832-1898), published in 1865: in
-the public domain, the author having died more than 100 years ago. Taken from
-tests/testdata/alice29.txt of the source distribution of brotli 1.1.0 on PyPI, from
-"CHAPTER I" on, with LF for CR LF and nothing else changed.
 """
 
 import argparse
@@ -47,7 +39,6 @@ from tqdm import tqdm
 
 TEXT = Path(__file__).with_name("text.txt")
 MODELS = ROOT / ".cache" / "models"
-RUNS = ROOT / ".cache" / "accuracy"
 TIMEOUT_S = 600  # of one request
 BACKENDS = "flashinfer_trtllm", "flashinfer_cutlass"
 LOGPROBS = {  # nats of each token of the prompt
@@ -173,10 +164,7 @@ def serve_all(args: argparse.Namespace) -> Iterator[dict]:
     """A run for bf16 and one for each backend, one server at a time."""
     for model, backend in [(args.bf16, "auto"), *((args.mxfp8, b) for b in BACKENDS)]:
         with server(str(model), backend) as (url, layers):
-            run = measure(url, args.window, args.tokens, layers)
-        RUNS.mkdir(parents=True, exist_ok=True)
-        (RUNS / f"{backend}.json").write_text(json.dumps(run))
-        yield run
+            yield measure(url, args.window, args.tokens, layers)
 
 
 def row(run: dict, base: dict) -> str:
