@@ -286,7 +286,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                 result = self.update_from_tensor({**good, weight: tensor})
                 self.assert_refused(result, message)
         norm = {**good, "model.norm.weight": torch.ones(7).bfloat16()}
-        self.assert_refused(self.update_from_tensor(norm), r"\(7,\).*\[512\]")
+        self.assert_refused(self.update_from_tensor(norm), r"\[7\].*\[512\]")
         scale = f"{weight}_scale_inv"
         renamed = {weight: good[weight], f"{weight}_scale_2": good[scale]}
         self.assert_refused(
