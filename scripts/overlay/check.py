@@ -38,10 +38,10 @@ def lint(changes: list[Change]) -> list[str]:
     for change in changes:
         if change.path.endswith(".py"):
             old, new = (change.old or b"").decode(), change.new.decode()
+            unknown = sorted(undefined(new) - undefined(old))
+            found += [f"{change.path}: `{name}` is undefined" for name in unknown]
             if tidy(old, new) != new:
                 found.append(f"{change.path}: ruff, isort or black would change it")
-            names = sorted(undefined(new) - undefined(old))
-            found += [f"{change.path}: `{name}` is undefined" for name in names]
     return found
 
 
@@ -61,14 +61,11 @@ def imports(package: dict[str, bytes], tree: Tree) -> tuple[list[str], str]:
         subprocess.run(command, env=os.environ | environment, capture_output=True)
         failed = json.loads(report.read_text())
     outside = re.compile("ModuleNotFoundError: No module named '(?!sglang)")
-    told = [f"{name}: {failed[name]}" for name in failed]
-    told = [line for line in told if not outside.search(line)]
+    told = [f"{n}: {why}" for n, why in failed.items() if not outside.match(why)]
     return told, f"imported: {len(names) - len(failed)} of {len(names)} modules"
 
 
 def installed_release() -> str:
     """The release of sglang whose packages are installed, or "" if there is none."""
-    try:
-        return importlib.metadata.version("sglang").split("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    found = importlib.metadata.distributions(name="sglang")
+    return next((each.version.split("+")[0] for each in found), "")

@@ -67,12 +67,9 @@ def _run(options: argparse.Namespace, root: Path) -> str:
         wheel = lambda: release.fetch(recorded, config, root / ".cache")
         base = lambda: make_plan(root, wheel(), config).edited
         plan.errors += lock.drift(plan.edited, locked.get(recorded, {}), recorded, base)
-    for change in plan.changes:
-        _say(f"{'new' if change.old is None else 'changed':>8}  {change.path}")
-    for path, reason in plan.skipped.items():
-        _say(f" skipped  {path}: {reason}")
-    for error in plan.errors:
-        _say(f"error: {error}")
+    lines = [f"{'changed' if c.old else 'new':>8}  {c.path}" for c in plan.changes]
+    lines += [f" skipped  {path}: {why}" for path, why in plan.skipped.items()]
+    _say("\n".join([*lines, *(f"error: {error}" for error in plan.errors)]))
     if plan.errors:
         again = "" if tree.wheel else "; if it was patched before, restore it first"
         raise ReleaseError(f"{len(plan.errors)} problems, nothing is written{again}")

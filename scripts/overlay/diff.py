@@ -11,17 +11,22 @@ from pathlib import Path
 from overlay import ledger
 from overlay.plan import Change
 
+WRAP = textwrap.TextWrapper(72, subsequent_indent="  ", break_long_words=False)
+WRAP.break_on_hyphens = False
+
 
 def patch(changes: list[Change], root: Path, config: dict) -> bytes:
     """The same changes give the same bytes, save for the author, who is git's configured
     user if there is one."""
     commit = config["commit"]
-    author = tuple(_configured(key) or commit[key] for key in ("name", "email"))
+    git = lambda key: subprocess.run(["git", "config", key], capture_output=True).stdout
+    name = git("user.name").decode().strip() or commit["name"]
+    email = git("user.email").decode().strip() or commit["email"]
     date = format_datetime(datetime.fromisoformat(commit["date"]))
     subject, _, body = message(changes, root, config).partition("\n\n")
     head = (
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
-        f"From: {formataddr(author)}\nDate: {date}\nSubject: {subject}\n"
+        f"From: {formataddr((name, email))}\nDate: {date}\nSubject: {subject}\n"
         "MIME-Version: 1.0\nContent-Type: text/plain; charset=UTF-8\n"
         f"Content-Transfer-Encoding: 8bit\n\n{body}---\n\n"
     )
@@ -53,20 +58,8 @@ def message(changes: list[Change], root: Path, config: dict) -> str:
             whys.append(f"{names}: {entry['why']}{thread}")
         lines = [change.path + (" (new)" if change.old is None else "")]
         if not whys:
-            lines += _wrap(ledger.docstring(text).partition("\n\n")[0], "  ")
+            lines += WRAP.wrap("  " + ledger.docstring(text).partition("\n\n")[0])
         for why in dict.fromkeys(whys):
-            lines += _wrap(why, "- ")
+            lines += WRAP.wrap(f"- {why}")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
-
-
-def _wrap(text: str, bullet: str) -> list[str]:
-    return textwrap.wrap(
-        text, 72, initial_indent=bullet, subsequent_indent="  ",
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-
-
-def _configured(key: str) -> str:
-    command = ["git", "config", f"user.{key}"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

@@ -1,13 +1,11 @@
-"""What each mark does to one definition of upstream: the text afterwards.
-
-Each takes upstream's source and definition, the overlay's source and its marked
-definition, and finds itself in its own result, except `drop`.
-"""
+"""What each mark does to one definition of upstream: the text afterwards. Each takes
+upstream's source and definition, and the overlay's; all but `drop` find themselves in
+their own result."""
 
 import ast
 import re
 
-from overlay.source import Source, Unplaced, find, head, without_docstring
+from overlay.source import Source, Unplaced, dumps, find, head, without_docstring
 
 
 def replace(text: Source, old, overlay: Source, new) -> str:
@@ -20,23 +18,23 @@ def replace(text: Source, old, overlay: Source, new) -> str:
 
 def prepend(text: Source, old, overlay: Source, edit) -> str:
     """The edit's statements go to the start, behind the docstring."""
-    body = without_docstring(old.body)
-    place = text.above(body[0]) if body == old.body else text.span(old.body[0])[1]
-    return _insert(text, old, overlay, edit, place, slice(len(edit.body)), body)
+    rest = without_docstring(old.body)
+    place = text.above(rest[0]) if rest == old.body else text.span(old.body[0])[1]
+    return _insert(text, old, overlay, edit, place, rest[: len(edit.body)])
 
 
 def append(text: Source, old, overlay: Source, edit) -> str:
-    last = slice(-len(without_docstring(edit.body)), None)
-    changed = _insert(text, old, overlay, edit, text.span(old)[1], last, old.body)
+    """The edit's statements go to the end."""
+    place, there = text.span(old)[1], old.body[-len(without_docstring(edit.body)) :]
+    changed = _insert(text, old, overlay, edit, place, there)
     if changed != text.text and isinstance(old.body[-1], (ast.Return, ast.Raise)):
         raise Unplaced("ends in `return` or `raise`; nothing can be appended to it")
     return changed
 
 
-def _insert(text, old, overlay, edit, place: int, there: slice, body) -> str:
-    """The edit's statements at a line, unless upstream's body has them there."""
+def _insert(text, old, overlay: Source, edit, place: int, there: list) -> str:
     new = without_docstring(edit.body)
-    if list(map(ast.dump, body[there][: len(new)])) == list(map(ast.dump, new)):
+    if dumps(there[: len(new)]) == dumps(new):
         return text.text
     lines = (overlay.taken(each, old.body[0].col_offset) for each in new)
     return text.put(place, place, "".join(lines))
@@ -53,7 +51,7 @@ def decorate(text: Source, old, overlay: Source, edit) -> str:
 
 def splice(text: Source, old, overlay: Source, edit) -> str:
     """Each statement of the edit takes the place of the one with the same head, which is
-    inside blocks `within`. Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
+    inside the block `within`. Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
     the edit has `elif` or `else` of its own."""
     for new in without_docstring(edit.body):
         was = find(old, head(new), _within(edit))
@@ -84,29 +82,18 @@ def drop(text: Source, old, overlay: Source, edit) -> str:
     return text.text
 
 
-def extend(text: Source, old, overlay: Source, edit) -> str:
-    """`NAME += [...]` behind upstream's list, unless it is there."""
-    place, line = text.span(old)[1], overlay.taken(edit, old.col_offset)
-    is_there = "".join(text.lines[place:]).startswith(line)
-    return text.put(place, place, "" if is_there else line)
-
-
 def _is_elif(text: Source, node: ast.stmt) -> bool:
     return text.lines[node.lineno - 1].lstrip().startswith("elif")
 
 
-def _within(edit) -> tuple[str, ...]:
-    for keyword in getattr(edit.decorator_list[0], "keywords", ()):
-        value = ast.literal_eval(keyword.value)
-        return (value,) if isinstance(value, str) else value
-    return ()
+def _within(edit) -> str:
+    keywords = getattr(edit.decorator_list[0], "keywords", ())
+    return "".join(ast.literal_eval(keyword.value) for keyword in keywords)
 
 
 def _again(changed: str, old: ast.stmt) -> tuple[Source, ast.stmt]:
     """The changed text, and in it the definition that still starts on the same line."""
     text = Source(changed)
-    for top in text.body:
-        for node in ast.walk(top):
-            if type(node) is type(old) and node.lineno == old.lineno:
-                return text, node
-    raise Unplaced("is lost in its own edit")
+    nodes = (node for top in text.body for node in ast.walk(top))
+    same = (n for n in nodes if type(n) is type(old) and n.lineno == old.lineno)
+    return text, next(same)

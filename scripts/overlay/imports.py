@@ -1,7 +1,7 @@
 """Merges an overlay's module-level imports into upstream's, and tidies the result.
 
-An import is its line, of one name: `from a import b as c`. One that the merged text names
-is added behind those that open the file; ruff, isort and black do the rest, as upstream's
+An import is its line, of one name: `from a import b as c`. They are
+added behind those that open the file; ruff, isort and black do the rest, as upstream's
 hooks would. `from __future__` would change what upstream's annotations are: it stays out.
 """
 
@@ -33,28 +33,24 @@ def of(node: ast.stmt) -> list[str]:
 
 
 def merge(text: Source, overlay: Source) -> str:
-    """The text with the overlay's imports that it names, but for those that the overlay
-    makes under an `if`, for editors. Raises Unplaced where upstream imports another thing
-    by the same name."""
+    """The text with the overlay's imports, but for those under an `if`, which are for
+    editors. Raises Unplaced where upstream imports another thing by the same name."""
     plain = [node for node in overlay.body if isinstance(node, _PLAIN)]
     ours = [line for node in plain for line in of(node) if not _IGNORED.match(line)]
-    theirs = {line for node in text.body for line in of(node)}
-    for new, other in ((new, other) for new in ours for other in theirs):
-        if _binds(new) == _binds(other) and new != other and other.startswith("from"):
+    binds = lambda line: line.split()[-1].split(".")[0]
+    theirs = {binds(line): line for node in text.body for line in of(node)}
+    for new in ours:
+        other = theirs.get(binds(new), "")
+        if new != other and other.startswith("from"):
             raise Unplaced(f"has `{other}`, the overlay `{new}`")
     have = {line for node in text.body if isinstance(node, _PLAIN) for line in of(node)}
-    named = lambda line: re.search(rf"\b{_binds(line)}\b", text.text)
-    new = "".join(f"{line}\n" for line in ours if line not in have and named(line))
+    new = "".join(f"{line}\n" for line in ours if line not in have)
     place = 0
     for node in text.body:
         if not isinstance(node, _PLAIN) and not is_docstring(node):
             break
         place = text.span(node)[1]
     return text.put(place, place, new)
-
-
-def _binds(line: str) -> str:
-    return line.split()[-1].split(".")[0]
 
 
 def tidy(upstream: str, merged: str) -> str:
@@ -76,6 +72,5 @@ def undefined(text: str) -> set[str]:
 
 
 def _ruff(text: str) -> subprocess.CompletedProcess:
-    options = ["--fix", "--quiet", "--output-format=concise", "-"]
-    run = [*_RUFF, *options]
+    run = [*_RUFF, "--fix", "--quiet", "--output-format=concise", "-"]
     return subprocess.run(run, input=text, capture_output=True, text=True)

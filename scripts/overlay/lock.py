@@ -1,15 +1,14 @@
 """upstream.lock.toml: a hash of every upstream definition that the overlay edits.
 
-A name alone hides drift: the definition that an edit replaces, splices into or adds to
-must be the one that it was written for. The file has a table a release, and in it one a
-file; `patchset lock` writes that of upstream.toml's release. Hashes are of the
-definition's text without the comments above it.
+A name alone hides drift: a definition that is edited must be the one that the edit was
+written for. By release and file; hashes are of the text without the comments above it.
 """
 
 import difflib
 import hashlib
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from overlay.release import ReleaseError
@@ -46,23 +45,17 @@ def drift(
 ) -> list[str]:
     """An error for each definition that is not the recorded one, with what changed since
     `release`, whose definitions `base` fetches."""
-    found = [
-        (path, symbol, recorded.get(path, {}).get(symbol))
-        for path, symbols in hashes(edited).items()
-        for symbol in symbols
-        if recorded.get(path, {}).get(symbol) != symbols[symbol]
-    ]
-    try:
+    now, errors, old = hashes(edited), [], {}
+    was = lambda path, symbol: recorded.get(path, {}).get(symbol)
+    found = [(p, s) for p in now for s in now[p] if was(p, s) != now[p][s]]
+    with suppress(ReleaseError):  # if it cannot be fetched, the names have to do
         old = base() if found else {}
-    except ReleaseError:
-        old = {}  # it cannot be fetched: the names have to do
-    errors = []
-    for path, symbol, known in found:
+    for path, symbol in found:
         texts = old.get(path, {}).get(symbol, ""), edited[path][symbol]
         lines = (text.splitlines(keepends=True) for text in texts)
         diff = "".join(difflib.unified_diff(*lines, release, "this tree"))
         told = f"is not the one of {release} that the edit was written for\n{diff}"
-        if not known:
+        if not was(path, symbol):
             told = f"is new here: nothing is recorded of it in {release}"
         errors.append(f"{path}: `{symbol}` {told}".rstrip())
     return errors

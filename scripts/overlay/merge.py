@@ -8,8 +8,8 @@ same text:
 - One that upstream lacks goes behind the definition before it in the overlay, or above
   the next one that upstream has, or to the end; at module level always above what runs it
   on import. An assignment in a class goes behind those that it has.
-- The decorators of marks.py edit a function that upstream has, `NAME += [...]` its list
-  (edits.py); imports are merged (imports.py), and names that stay undefined are errors.
+- The decorators of marks.py edit a function that upstream has (edits.py); imports are
+  merged (imports.py), and names that stay undefined are errors.
 """
 
 import ast
@@ -17,8 +17,8 @@ import re
 import textwrap
 from dataclasses import dataclass, field
 
-from overlay import edits, imports, ledger
-from overlay.source import Absent, Source, Unplaced, head, leaves, without_docstring
+from overlay import edits, imports, ledger, source
+from overlay.source import Absent, Source, Unplaced, leaves
 
 _MARKS = ("append", "decorate", "drop", "prepend", "splice")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -32,7 +32,7 @@ class Merge:
     """`text` is upstream's source with the overlay in it. It stands only without `errors`,
     and without `absent` (what there was not to drop) unless no file of the overlay changes
     anything: then the tree holds it already. `edited` holds upstream's text of every
-    definition that an edit changes; lists that only grow are not among them."""
+    definition that an edit changes."""
 
     text: str
     errors: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ def merge(upstream: str, overlay: str, release: str) -> Merge:
     try:
         entries = ledger.symbols(overlay)
         merging = _Merging(Source(upstream), Source(overlay), release, result)
-        merging.merge("", without_docstring(merging.overlay.body))
+        merging.merge("", source.without_docstring(merging.overlay.body))
         merging.lift()
         merged = imports.merge(merging.text, merging.overlay)
     except Unplaced as error:
@@ -110,7 +110,6 @@ class _Merging:
     def _find(self, symbol: str, text: Source | None = None) -> list[ast.stmt]:
         """The definitions of a symbol."""
         nodes = [leaf for top in self._body(symbol, text) for leaf in leaves(top)]
-        nodes = [node for node in nodes if not isinstance(node, ast.AugAssign)]
         return [node for node in nodes if _name(node) == symbol.rpartition(".")[2]]
 
     def _put(self, statement, symbol: str, before: list, after: list) -> None:
@@ -129,29 +128,28 @@ class _Merging:
             self._add(statement, symbol, before, after)
         elif not mark and {type(statement), type(found[0])} == {ast.ClassDef}:
             theirs, ours = found[0], statement
-            if ours.bases and _dumps(ours.bases) != _dumps(theirs.bases):
+            if ours.bases and source.dumps(ours.bases) != source.dumps(theirs.bases):
                 bases = ", ".join(map(ast.unparse, theirs.bases))
                 raise Unplaced(f"has other bases than in the overlay: {bases}")
-            same = _dumps(theirs.body[:1]) == _dumps(ours.body[:1])
-            members = without_docstring(ours.body) if same else ours.body
+            same = source.dumps(theirs.body[:1]) == source.dumps(ours.body[:1])
+            members = source.without_docstring(ours.body) if same else ours.body
             self.merge(f"{symbol}.", members)
         else:
             self._edit(found[0], statement, symbol, mark)
 
     def _edit(self, old, edit, symbol: str, mark: str | None) -> None:
         functions = isinstance(old, _FUNCTIONS) and isinstance(edit, _FUNCTIONS)
-        if mark in _MARKS and mark != "drop" and not functions:
+        if mark not in (None, "drop") and not functions:
             raise Unplaced(f"is not a function to {mark}")
         changed = getattr(edits, mark or "replace")(self.text, old, self.overlay, edit)
         if changed == self.text.text:
             return
         self.text = Source(changed)
         self.touched.add(symbol)
-        if mark != "extend":
-            [was] = self._find(symbol, self.upstream)
-            first, last = self.upstream.span(was)
-            lines = "".join(self.upstream.lines[first:last])
-            self.result.edited[symbol] = textwrap.dedent(lines)
+        [was] = self._find(symbol, self.upstream)
+        first, last = self.upstream.span(was)
+        lines = "".join(self.upstream.lines[first:last])
+        self.result.edited[symbol] = textwrap.dedent(lines)
 
     def _add(self, statement, symbol: str, before: list, after: list) -> None:
         body, simple = self._body(symbol), not hasattr(statement, "body")
@@ -170,7 +168,7 @@ class _Merging:
         holders = {_name(leaf): top for top in body for leaf in leaves(top)}
         behind = [holders[_name(s)] for s in before if _name(s) in holders]
         above = [holders[_name(s)] for s in after if _name(s) in holders]
-        if body and head(body[-1]) == _MAIN:
+        if body and source.head(body[-1]) == _MAIN:
             above.append(body[-1])
         if above and not behind:
             return self.text.above(above[0])
@@ -186,24 +184,20 @@ def _runs(node: ast.AST) -> set[str]:
     return {name.id for name in names - later}
 
 
-def _dumps(nodes: list[ast.AST]) -> list[str]:
-    return [ast.dump(node) for node in nodes]
-
-
 def _name(node: ast.stmt) -> str | None:
     """The name that a statement defines, if it is a definition."""
     if isinstance(node, (*_FUNCTIONS, ast.ClassDef)):
         return node.name
     targets = []
-    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+    if isinstance(node, (ast.Assign, ast.AnnAssign)):
         targets = getattr(node, "targets", None) or [node.target]
     return getattr(targets[0], "id", None) if len(targets) == 1 else None
 
 
 def _mark(statement: ast.stmt) -> str | None:
-    """The edit that an overlay's statement asks for by a decorator or by `+=`."""
+    """The edit that an overlay's statement asks for by a decorator of marks.py."""
     for decorator in getattr(statement, "decorator_list", ()):
         callee = decorator.func if isinstance(decorator, ast.Call) else decorator
         if isinstance(callee, ast.Name) and callee.id in _MARKS:
             return callee.id
-    return "extend" if isinstance(statement, ast.AugAssign) else None
+    return None

@@ -1,8 +1,7 @@
 """What the overlay as a whole does to a tree; nothing here writes.
 
-An overlay file with a ledger edits upstream's file; one without is a file that upstream
-does not have. The wheel holds the package only, so against it the edits of upstream's
-tests and documentation are left out. Tests that reach out of their folder into this
+An overlay file with a ledger edits upstream's file; one without is new. A wheel holds the
+package only: edits of upstream's tests and pages are left out. Tests that reach into this
 repository, or need a package that upstream lacks, stay here.
 """
 
@@ -40,7 +39,6 @@ class Plan:
 
     @property
     def package(self) -> dict[str, bytes]:
-        """What the files of the package become."""
         return {c.path: c.new for c in self.changes if c.path.startswith(PACKAGE)}
 
 
@@ -53,7 +51,7 @@ def make_plan(root: Path, tree: Tree, config: dict) -> Plan:
     plan, absent = Plan(), []
     files = [file for folder in OVERLAY for file in (root / folder).rglob("*.py")]
     steps = [(path.relative_to(root).as_posix(), None) for path in sorted(files)]
-    steps += [(edit["file"], edit) for edit in config["edit"] if tree.is_checkout]
+    steps += [(edit["file"], edit) for edit in config["edit"] if not tree.wheel]
     old, new = {path: tree.read(path) for path, _ in steps}, {}
     for path, edit in steps:
         try:
@@ -79,7 +77,7 @@ def _merged(root: Path, path: str, old: bytes | None, tree: Tree, plan: Plan):
         raise Skipped("it needs this repository, or hypothesis")
     if old == content or (old is None and not is_edit):
         return content, []
-    if old is None and not tree.is_checkout and not path.startswith(PACKAGE):
+    if old is None and tree.wheel and not path.startswith(PACKAGE):
         raise Skipped("it edits a file that wheels lack")
     if old is None:
         raise ReleaseError(f"{tree.label} has no such file to merge into")

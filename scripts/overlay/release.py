@@ -29,10 +29,6 @@ class Tree:
     wheel: Path | None = None
     unpacked: tempfile.TemporaryDirectory | None = None
 
-    @property
-    def is_checkout(self) -> bool:
-        return self.wheel is None
-
     def read(self, path: str) -> bytes | None:
         file = self.path / path
         return file.read_bytes() if file.is_file() else None
@@ -103,14 +99,10 @@ def _unpacked(wheel: Path, version: str) -> Tree:
     return Tree(Path(folder.name), f"upstream {version}", version, wheel, folder)
 
 
-def patched_version(config: dict) -> str:
-    return f"{config['release']['version']}+mxfp8.{config['release']['patch']}"
-
-
 def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) -> Path:
     """Writes upstream's wheel with the changed files, our version and our pins. The same
     changes give the same bytes."""
-    version = patched_version(config)
+    version = f"{tree.version}+mxfp8.{config['release']['patch']}"
     numbers = (*map(int, tree.version.split(".")), version.split("+")[1])
     lines = {"Version: ": version}
     lines |= {f"Requires-Dist: {n}==": pin for n, pin in config["requires"].items()}

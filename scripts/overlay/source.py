@@ -86,16 +86,15 @@ def head(node: ast.AST) -> str:
     return ast.unparse(node).strip().split(":\n")[0]
 
 
-def find(function: ast.stmt, wanted: str, within: tuple[str, ...]) -> ast.stmt:
-    """The one statement below `function` with this head, inside blocks `within`."""
-    blocks = [list(_blocks(function, outer)) for outer in within]
+def find(function: ast.stmt, wanted: str, within: str) -> ast.stmt:
+    """The one statement below `function` with this head, inside a block with the head
+    `within`, if that is not empty."""
+    nodes = [n for n in ast.walk(function) if isinstance(n, ast.stmt) and n != function]
+    lines = {line for block in _blocks(function, within) for line in block}
     found = [
-        node
-        for node in ast.walk(function)
-        if isinstance(node, ast.stmt) and node is not function and head(node) == wanted
-        if all(any(node.lineno in lines for lines in outer) for outer in blocks)
+        n for n in nodes if head(n) == wanted and (not within or n.lineno in lines)
     ]
-    where = "".join(f" within `{text}`" for text in within)
+    where = f" within `{within}`" if within else ""
     if not found:
         raise Absent(f"has no `{wanted}`{where}")
     if len(found) > 1:
@@ -106,21 +105,23 @@ def find(function: ast.stmt, wanted: str, within: tuple[str, ...]) -> ast.stmt:
 def _blocks(function: ast.stmt, wanted: str) -> Iterator[range]:
     """The lines, from 1, of the blocks with this head."""
     for node in ast.walk(function):
-        body, orelse = getattr(node, "body", ()), getattr(node, "orelse", ())
-        if isinstance(body, list) and isinstance(orelse, (list, tuple)):
-            for block, prefix in ((body, ""), (orelse, "else of ")):
-                if block and f"{prefix}{head(node)}" == wanted:
-                    yield range(block[0].lineno, block[-1].end_lineno + 1)
+        for field, prefix in (("body", ""), ("orelse", "else of ")):
+            block = getattr(node, field, None)
+            if block and isinstance(block, list) and prefix + head(node) == wanted:
+                yield range(block[0].lineno, block[-1].end_lineno + 1)
 
 
-def leaves(statement: ast.stmt) -> Iterator[ast.stmt]:
+def leaves(node: ast.AST) -> list[ast.stmt]:
     """The statements of a scope: itself, or those in an `if` or `try`."""
-    if not isinstance(statement, (ast.If, ast.Try, ast.ExceptHandler)):
-        yield statement
-        return
-    for field in ("body", "handlers", "orelse", "finalbody"):
-        for child in getattr(statement, field, ()):
-            yield from leaves(child)
+    if not isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+        return [node]
+    fields = ("body", "handlers", "orelse", "finalbody")
+    children = (child for field in fields for child in getattr(node, field, ()))
+    return [leaf for child in children for leaf in leaves(child)]
+
+
+def dumps(nodes: list[ast.AST]) -> list[str]:
+    return [ast.dump(node) for node in nodes]
 
 
 def is_docstring(node: ast.stmt) -> bool:

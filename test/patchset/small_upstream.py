@@ -55,9 +55,9 @@ UPSTREAM = {
 }
 
 OVERLAY = {
-    "python/sglang/core.py": '"""\nCHOICES, run\n    why: b is faster\n'
+    "python/sglang/core.py": '"""\nrun, CHOICES\n    why: b is faster\n'
     "    thread: org/repo#7\n    until: b is everywhere\n"
-    '"""\n\nfrom overlay.marks import prepend\n\nCHOICES += ["b"]\n\n\n'
+    '"""\n\nfrom overlay.marks import prepend\n\nCHOICES = ["a", "b"]\n\n\n'
     "@prepend\ndef run(x):\n    x = x + 1\n",
     "python/sglang/other.py": '"""\nhelper\n    why: b has its own\n"""\n\n'
     "from overlay.marks import drop\n\n\n@drop\ndef helper(): ...\n",

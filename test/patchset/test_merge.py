@@ -103,13 +103,6 @@ DEF = "def {}():\n    {}\n".format
             id="a class, member by member",
         ),
         pytest.param(
-            'A = [\n    "a",\n    "c",  # why\n]\n',
-            'A += ["b"]\n',
-            "A",
-            'A = [\n    "a",\n    "c",  # why\n]\nA += ["b"]\n',
-            id="added to a list",
-        ),
-        pytest.param(
             "def needs(x):\n    return x\n\n\nif needs:\n\n    @needs\n    def f():\n"
             "        return 1\n\n\ndef g():\n    return 2\n",
             "def g():\n    return 3\n\n\nBASE = 1\n\n\ndef mark(x, y=BASE):\n    return x\n"
@@ -174,7 +167,7 @@ def f(self, x, parser):
             "# Why.\n        z = 7",
         ),
         (
-            "splice(within=('for j in x',))",
+            "splice(within='for j in x')",
             "# So.\n    z = 7",
             "# Why.\n        z = 1",
             "# So.\n        z = 7",

@@ -18,7 +18,8 @@ from overlay.plan import make_plan
 from small_upstream import ROOT, commit, git, snapshot, write
 
 CONFIG = tomllib.loads((ROOT / "upstream.toml").read_text())
-RELEASE, VERSION = CONFIG["release"]["version"], release.patched_version(CONFIG)
+RELEASE = CONFIG["release"]["version"]
+VERSION = f"{RELEASE}+mxfp8.{CONFIG['release']['patch']}"
 GEMM_TEST = "test/registered/quant/test_fp8_blockwise_gemm.py"
 UPSTREAM_TREE = {  # of the shape of upstream's files, which the wheel lacks
     GEMM_TEST: "import unittest\n\n"
@@ -207,4 +208,4 @@ def test_newer_releases_are_refused_by_name(version, symbols, capsys):
     told = capsys.readouterr().err
     for symbol in symbols:
         assert re.search(rf"fp8\w*\.py: `{symbol}` is (not the one of|new here)", told)
-    assert f"\n+++ this tree\n" in told and "nothing is written" in told
+    assert "\n+++ this tree\n" in told and "nothing is written" in told

@@ -1,11 +1,6 @@
 """
-FP8_GEMM_RUNNER_BACKEND_CHOICES
-    why: --fp8-gemm-backend flashinfer_cutlass
-    thread: sgl-project/sglang#21576
-    until: the base is 0.5.10 or later
-
 ServerArgs.add_cli_args
-    why: the help text says what the backends do for MXFP8
+    why: --fp8-gemm-backend flashinfer_cutlass; the help text says what the backends do for MXFP8
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 """
@@ -16,8 +11,6 @@ from overlay.marks import splice
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import FP8_GEMM_RUNNER_BACKEND_CHOICES
-
-FP8_GEMM_RUNNER_BACKEND_CHOICES += ["flashinfer_cutlass"]
 
 
 class ServerArgs:
@@ -37,5 +30,5 @@ class ServerArgs:
             "Replaces the deprecated SGLANG_ENABLE_FLASHINFER_FP8_GEMM and SGLANG_SUPPORT_CUTLASS_BLOCK_FP8.",
             dest="fp8_gemm_runner_backend",
             default=ServerArgs.fp8_gemm_runner_backend,
-            choices=FP8_GEMM_RUNNER_BACKEND_CHOICES,
+            choices=[*FP8_GEMM_RUNNER_BACKEND_CHOICES, "flashinfer_cutlass"],
         )
