@@ -293,19 +293,23 @@ class _Probe(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **(kwargs or {}))
         if function is _COPY or function is _SET_ITEM:
             source = args[1] if function is _COPY else args[2]
             place = None if function is _COPY else str(args[1])
             if isinstance(source, cls):
                 source.load.write(source, args[0], place)
-        elif function is _ITEM:
+            if not args[0].is_meta:
+                return args[0]  # made on a device by name: nothing can be copied there
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        if function is _COPY or function is _SET_ITEM:
+            return result
+        if function is _ITEM:
             args[0].load.taken |= args[0].origins
             return 0.0
-        elif isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor):
             return cls._derived(result, args)
-        elif type(result) in (tuple, list):
+        if type(result) in (tuple, list):
             return type(result)(cls._derived(part, args) for part in result)
         return result
 
