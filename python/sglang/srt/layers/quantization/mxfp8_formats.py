@@ -70,10 +70,9 @@ class LayerList:
         it is usually made of. Raises ValueError for a layer of which only a part is so.
         """
         parent, dot, last = name.rpartition(".")
-        usual = _FUSED_PARTS.get(last, ())
+        usual = () if modules else _FUSED_PARTS.get(last, ())
         families = [[f"{parent}{dot}{part}" for part in parts] for parts in usual]
-        if modules:
-            families = [list(modules)]
+        families += [list(modules)] if modules else []
         for parts in families:
             _refuse_split(name, parts, [part for part in parts if self.has(part)])
         parts = sum(families, [])
@@ -180,10 +179,8 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
 
 
 def _as_own_entry(name: str) -> str:
-    """An entry with a kind has been read before."""
-    if _split(name)[0]:
-        return name
-    return f"glob:{name}" if _GLOB.search(name) else name
+    is_new_glob = _GLOB.search(name) and not _split(name)[0]
+    return f"glob:{name}" if is_new_glob else name
 
 
 def _read_fp8(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, Any]]:
@@ -345,16 +342,21 @@ def with_mxfp8_names(
 
 def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
     """Whether any of these entries has a name, in whatever modules the name is wrapped."""
-    modules, patterns = set(), []
-    for entry in entries:
-        kind, body = _split(entry)
-        if not kind.endswith("re:"):
-            # Some lists have a layer's weight, or what llm-compressor wraps it in.
-            body = re.sub(r"(?<=\w)\.(weight|linear)$", "", body)
-        if kind.endswith("glob:") and "." in body and not _GLOB.search(body):
+    modules, parts, globs, patterns = set(), [], [], []
+    for kind, body in map(_split, entries):
+        if kind.endswith("re:"):
+            patterns.append(re.compile(body))
+            continue
+        # Some lists have a layer's weight, or what llm-compressor wraps it in.
+        body = re.sub(r"(?<=\w)\.(weight|linear)$", "", body)
+        if not kind.endswith("glob:"):
+            parts.append(body)
+        elif "." in body and not _GLOB.search(body):
             modules.add(bare_name(body))
         else:
-            patterns.append(re.compile(_regex(kind, body)))
+            globs.append(_glob_regex(body))
+    if globs:
+        patterns.append(re.compile("|".join(globs)))
 
     def matches(name: str) -> bool:
         bare = bare_name(name)
@@ -362,7 +364,10 @@ def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
         if not modules.isdisjoint(bare[:end] for end in ends):
             return True
         names = [name, *(wrapper + bare for wrapper in _WRAPPERS if bare)]
-        return any(pattern.match(alias) for pattern in patterns for alias in names)
+        text = "\n".join(names)
+        return any(part in text for part in parts) or any(
+            pattern.match(alias) for pattern in patterns for alias in names
+        )
 
     return matches
 
@@ -372,11 +377,7 @@ def bare_name(name: str) -> str:
     return re.sub(r"^((model|language_model)\.)+", "", name)
 
 
-def _regex(kind: str, body: str) -> str:
-    if kind.endswith("re:"):
-        return body
-    if not kind.endswith("glob:"):
-        return f".*{re.escape(body)}"
+def _glob_regex(body: str) -> str:
     anywhere = "" if "." in body else r"(.*\.)?"
     pattern = fnmatch.translate(body)[:-2]  # but the end of the string
     return rf"{anywhere}{pattern}(\..*)?$"

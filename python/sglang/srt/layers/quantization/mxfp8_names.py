@@ -241,13 +241,10 @@ def plan_mxfp8(
     listed = quant_config.mxfp8_layers
     shapes = _shapes(model_config, load_config)
     scales = [name for name in shapes if _KV_SCALE.search(name)]
+    shapes = {name: s for name, s in shapes.items() if not _IS_SCALE.search(name)}
     wanted = {group for name in scales for group in _above(name)}
-    wanted |= {_group(n) for n in shapes if not listed.has(module_of(n))}
-    shapes = {
-        name: shape
-        for name, shape in shapes.items()
-        if _group(name) in wanted and not _IS_SCALE.search(name)
-    }
+    wanted |= {_group(name) for name in shapes if not listed.has(module_of(name))}
+    shapes = {name: s for name, s in shapes.items() if _group(name) in wanted}
     if not shapes:
         return Mxfp8Plan()
     try:
