@@ -30,6 +30,14 @@ def servers(results: Path) -> list[psutil.Process]:
     ]
 
 
+def all_ended(results: Path) -> bool:
+    """A killed process may take a moment to give its memory back."""
+    deadline = time.monotonic() + 10
+    while servers(results) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not servers(results)
+
+
 def wait_for(path: Path, session: subprocess.Popen) -> None:
     deadline = time.monotonic() + 600
     while not path.exists():
@@ -47,14 +55,14 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_ends_in_a_report(tmp_path):
     told = session.communicate(timeout=120)[1]
     assert session.returncode == 130
     assert "the same command goes on from here" in told
-    assert servers(results) == []
+    assert all_ended(results)
     made = first.stat().st_mtime_ns
 
     session = start(results)
     told = session.communicate(timeout=800)[1]
     assert session.returncode == 0, told
     assert first.stat().st_mtime_ns == made
-    assert servers(results) == []
+    assert all_ended(results)
     check_files(results)
     # Nothing is left to be done: no server is started.
     logs = len(list(results.glob(f"{RUN}/server-*.log")))

@@ -256,11 +256,11 @@ class TestReaders(CustomTestCase):
                 self.assert_read(attn, expected)
 
                 def custom_loader(model, tensors):
-                    for name, tensor in tensors.items():
+                    for name, tensor in tensors:
                         getattr(model.kv_b_proj, name).data.copy_(tensor)
 
                 sent["weight_scale_inv"] = scale + 1
-                as_mxfp8_raw_loader(custom_loader)(model, sent)
+                as_mxfp8_raw_loader(custom_loader)(model, list(sent.items()))
                 self.assert_read(attn, [2 * means for means in expected])
                 self.assertTrue(attn.kv_b_proj.mxfp8_weights.in_kernel_form)
 
