@@ -46,10 +46,10 @@ try:
         from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.layers.dp_attention import initialize_dp_attention
         from sglang.srt.layers.quantization.fp8 import Fp8Config
-        from sglang.srt.layers.quantization.mxfp8_emulation import (  # noqa: F401
+        from sglang.srt.layers.quantization.mxfp8.names import Layer, ask_model
+        from sglang.srt.layers.quantization.mxfp8.numerics import (  # noqa: F401
             quantize,
         )
-        from sglang.srt.layers.quantization.mxfp8_names import Layer, ask_model
         from sglang.srt.model_loader.loader import _initialize_model
         from sglang.srt.server_args import (
             ServerArgs,

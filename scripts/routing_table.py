@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization.mxfp8.routing import (
     BF16,
     CUTLASS,
     TRITON,

@@ -1,6 +1,5 @@
 """scripts/bench_serving.py without sglang's servers: refusals, failures, what it writes."""
 
-import json
 import re
 import signal
 import subprocess

@@ -85,7 +85,7 @@ def converted(model, tmp_path_factory) -> Path:
 
 
 def test_linears_are_what_the_quantizer_says(model, converted):
-    from sglang.srt.layers.quantization.mxfp8_emulation import quantize
+    from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 
     before, after = read_checkpoint(model), read_checkpoint(converted)
     linears = [name for name in before if name.endswith("_proj.weight")]

@@ -100,6 +100,7 @@ MODELS = {
 @pytest.fixture(scope="module", autouse=True)
 def server_like():
     from ask_sglang import init_single_process_parallel_state
+
     from sglang.test.mxfp8_utils import fp8_gemm_backend
 
     init_single_process_parallel_state()
@@ -134,7 +135,7 @@ def ignored(kind: str) -> list[str]:
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
     """With experts, where there are some, and the text's second layer in bf16."""
-    from sglang.srt.layers.quantization.mxfp8_weights import mxfp8_layers
+    from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
     from sglang.test.mxfp8_utils import load_on_cpu
 
     layer = "*language_model*.layers.1.*" if "gemma" in kind else "*layers.1.*"
@@ -143,7 +144,7 @@ def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
     arguments.append(f"--ignore={layer}")
     assert main(arguments) == 0
     model = load_on_cpu(str(output))
-    assert len(mxfp8_layers(model)) == MODELS[kind][1]
+    assert len(mxfp8_weights_of(model)) == MODELS[kind][1]
     # Nothing of the model that was asked is in it.
     held = [*model.named_parameters(), *model.named_buffers()]
     assert not [name for name, tensor in held if tensor.is_meta]
@@ -151,7 +152,7 @@ def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "qwen3_next"])
 def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
-    from sglang.srt.layers.quantization.mxfp8_names import kv_caches
+    from sglang.srt.layers.quantization.mxfp8.names import kv_caches
     from sglang.test.mxfp8_utils import load_on_cpu
 
     output = with_cache_scales(saved(kind), tmp_path / "out")

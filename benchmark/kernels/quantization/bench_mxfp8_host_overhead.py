@@ -66,13 +66,14 @@ class Stubs:
 
 def our_linear(backend: str) -> Callable:
     """The function that a layer of this shape gets, made as the layer does."""
-    from sglang.srt.layers.quantization import fp8_utils, mxfp8_routing
+    from sglang.srt.layers.quantization import fp8_utils
+    from sglang.srt.layers.quantization.mxfp8 import routing
 
     # The stubs run anywhere; what wraps the kernels is ours, and is timed.
     fp8_utils.mxfp8_kernels_missing = lambda backend: ""
-    wanted = mxfp8_routing.Mxfp8LinearBackend(backend)
-    options = mxfp8_routing.Mxfp8LinearOptions(wanted, available=(wanted,))
-    select = mxfp8_routing.select_mxfp8_linear_backend
+    wanted = routing.Mxfp8LinearBackend(backend)
+    options = routing.Mxfp8LinearOptions(wanted, available=(wanted,))
+    select = routing.select_mxfp8_linear_backend
     return fp8_utils.dispatch_w8a8_mxfp8_linear(select(options, N, K, torch.bfloat16))
 
 

@@ -106,10 +106,10 @@ def kernels_of(backend: str):
     """sglang's module of functions; RuntimeError where `backend` does not run here."""
     if importlib.util.find_spec("sglang").origin is None:  # this checkout's folders
         raise RuntimeError("the patched sglang is not installed")
-    from sglang.srt.layers.quantization import fp8_utils, mxfp8_routing
+    from sglang.srt.layers.quantization import fp8_utils, routing
 
-    wanted = mxfp8_routing.Mxfp8LinearBackend(backend)
-    lacks = mxfp8_routing.mxfp8_kernels_missing(wanted)
+    wanted = routing.Mxfp8LinearBackend(backend)
+    lacks = routing.mxfp8_kernels_missing(wanted)
     if lacks and (timing.HAS_GPU or not wanted.is_flashinfer()):
         raise RuntimeError(f"it needs {lacks}")
     return fp8_utils
@@ -117,14 +117,14 @@ def kernels_of(backend: str):
 
 def refusal(backend: str, use_8x4: bool, n: int, k: int) -> str:
     """Why `backend` does not take a bf16 layer [N, K], or ""."""
-    from sglang.srt.layers.quantization import mxfp8_routing
+    from sglang.srt.layers.quantization.mxfp8 import routing
 
     # FlashInfer checks the weight's scale by the length of the 8x4 layout.
     if use_8x4 and n % 128:
         return f"N = {n} is not a multiple of 128 (8x4)"
-    wanted = mxfp8_routing.Mxfp8LinearBackend(backend)
-    options = mxfp8_routing.Mxfp8LinearOptions(wanted, available=(wanted,))
-    select = mxfp8_routing.select_mxfp8_linear_backend
+    wanted = routing.Mxfp8LinearBackend(backend)
+    options = routing.Mxfp8LinearOptions(wanted, available=(wanted,))
+    select = routing.select_mxfp8_linear_backend
     choice = select(options, n, k, torch.bfloat16)
     return "" if choice.backend == wanted else choice.reason
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed of MXFP8 weight preparation: checkpoint form to trtllm kernel form, and back.
 
-Compares the in-place functions of mxfp8_layout with a plain copy of the same bytes and
+Compares the in-place functions of layout with a plain copy of the same bytes and
 with FlashInfer's shuffle_matrix_a + shuffle_matrix_sf_a (where they run), over the linears
 of two models as sglang fuses them, and over whole models; the bytes are compared with the
 formulas before. Needs a CUDA GPU and Triton.
@@ -19,7 +19,7 @@ from pathlib import Path
 import mxfp8_timing as timing
 import torch
 
-from sglang.srt.layers.quantization import mxfp8_layout as layout
+from sglang.srt.layers.quantization.mxfp8 import layout
 
 MIB = 1 << 20
 GUARD = 4096  # bytes around a weight and its scale that must not change

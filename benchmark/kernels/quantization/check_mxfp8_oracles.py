@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.srt.layers.quantization.mxfp8_emulation import quantize
-from sglang.srt.layers.quantization.mxfp8_layout import shuffle_rows, swizzle_scale
+from sglang.srt.layers.quantization.mxfp8.layout import shuffle_rows, swizzle_scale
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 
 GROUP = 32
 LAYOUT_SHAPES = ((128, 128), (256, 512), (4096, 4096), (28672, 4096), (128, 16384))

@@ -86,7 +86,7 @@ def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
 
     Kernel forms are permutations, so random bytes are one, of every backend.
     """
-    from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
+    from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
 
     room = (swizzled_scale_numel(n, k // GROUP_SIZE),)
     return [

@@ -2,7 +2,7 @@
 """Measure which activation-scale layout FlashInfer's trtllm MXFP8 linear needs, per shape.
 
 Times quantization plus GEMM with 8x4 scales, with 128x4 scales and on cutlass, and writes
-the table that the server reads at start (mxfp8_routing.tuned_layers). Every measured shape
+the table that the server reads at start (routing.tuned_layers). Every measured shape
 is written at once: a run that is cut off keeps what it has. --log takes the shapes from
 the line "MXFP8 linear layers: ..." of a server's log. Needs an SM100 or SM103 GPU
 and FlashInfer; --rehearse runs the same steps without a GPU and measures nothing of use.
@@ -26,10 +26,10 @@ import mxfp8_timing as timing
 from bench_mxfp8_linear import CONTENDERS
 
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization import mxfp8_routing
+from sglang.srt.layers.quantization.mxfp8 import routing
 from sglang.srt.utils import get_device_name
 
-TRTLLM = mxfp8_routing.Mxfp8LinearBackend.FLASHINFER_TRTLLM
+TRTLLM = routing.Mxfp8LinearBackend.FLASHINFER_TRTLLM
 OLD, NEW, CUTLASS = CANDIDATES = (
     "flashinfer_trtllm 128x4",
     "flashinfer_trtllm 8x4",
@@ -69,7 +69,7 @@ def tuned_entry(us: Medians, backend_at: Sequence[int] = ()) -> dict:
 def new_table(
     n: int, k: int, us: Medians, backend_at: Sequence[int], here: dict
 ) -> dict:
-    """The table of one shape, as mxfp8_routing.parse_table reads it.
+    """The table of one shape, as routing.parse_table reads it.
 
     `here` has `device_name` and `flashinfer`, which the server compares with its own,
     `rehearsal`, and whatever else is worth keeping beside each shape's medians.
@@ -90,7 +90,7 @@ def merged_table(old: dict, new: dict) -> dict:
         if bool(old.get("rehearsal")) != new["rehearsal"]:
             raise ValueError("only one of them is a rehearsal")
         real = {**old, "rehearsal": False}
-        mxfp8_routing.parse_table(real, new["device_name"], new["flashinfer"])
+        routing.parse_table(real, new["device_name"], new["flashinfer"])
         parts = ("layers", "measured")
         return {**new, **{part: {**old.get(part, {}), **new[part]} for part in parts}}
     except (TypeError, KeyError, AttributeError) as error:
@@ -104,7 +104,7 @@ def write_table(directory: Path, table: dict) -> Path:
     the new one as `.old`. Readers see the old file or the new one, whole.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / mxfp8_routing.config_file(table["device_name"])
+    path = directory / routing.config_file(table["device_name"])
     if path.exists():
         try:
             table = merged_table(json.loads(path.read_text()), table)
@@ -134,7 +134,7 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
     """Measure the shapes, write the table as it grows, and yield the medians."""
     here = {
         "device_name": get_device_name() or "cpu",
-        "flashinfer": mxfp8_routing.flashinfer_version(),
+        "flashinfer": routing.flashinfer_version(),
         "rehearsal": args.rehearse,
         "measured_on": timing.environment(),
     }
@@ -173,7 +173,7 @@ def main() -> None:
     add("--output", type=Path, help="directory (default: where the server looks)")
     add("--backend-at", nargs="+", type=timing.positive, metavar="M", default=[])
     args = timing.rehearsable(parser)
-    missing = mxfp8_routing.mxfp8_kernels_missing(TRTLLM)
+    missing = routing.mxfp8_kernels_missing(TRTLLM)
     if not args.rehearse and missing:
         parser.error(f"flashinfer_trtllm does not run here: it needs {missing}")
     if args.rehearse and args.output is None:
@@ -185,7 +185,7 @@ def main() -> None:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
     if not args.shapes:
         parser.error("--shapes, or a --log that names a layer for flashinfer_trtllm")
-    folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or mxfp8_routing.CONFIG_DIR
+    folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or routing.CONFIG_DIR
     args.output = args.output or Path(folder)
     timing.report(tune(args))
 

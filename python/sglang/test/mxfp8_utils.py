@@ -20,8 +20,8 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
+from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.test.test_utils import (
@@ -174,7 +174,7 @@ def load_on_cpu(
     loader = get_model_loader(LoadConfig(**load_config), config)
     dtype = torch.get_default_dtype()
     try:
-        return load_mxfp8_model(loader, config, DeviceConfig("cpu"))
+        return load_served_model(loader, config, DeviceConfig("cpu"))
     finally:
         torch.set_default_dtype(dtype)  # upstream leaves its own when a load fails
 

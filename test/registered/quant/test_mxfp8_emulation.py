@@ -4,8 +4,8 @@ import unittest
 
 import torch
 
-from sglang.srt.layers.quantization import mxfp8_emulation as emulation
-from sglang.srt.layers.quantization.mxfp8_layout import shuffle_rows, swizzle_scale
+from sglang.srt.layers.quantization.mxfp8 import emulation, numerics
+from sglang.srt.layers.quantization.mxfp8.layout import shuffle_rows, swizzle_scale
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import random_mxfp8, reference_linear
 from sglang.test.test_utils import CustomTestCase
@@ -24,14 +24,14 @@ class TestMXFP8Quantizer(CustomTestCase):
         x = torch.randn(512, 256).bfloat16() * torch.exp2(
             torch.randint(-100, 100, (512, 1))
         )
-        values, scale = emulation.quantize(x)
+        values, scale = numerics.quantize(x)
         amax = x.double().view(512, 8, 32).abs().amax(-1)
         expected = torch.ceil(torch.log2(amax / 448)).clamp(min=-127)
         self.assertTrue(torch.equal(scale.double() - 127, expected))
 
     def test_values_are_the_nearest_e4m3(self):
         x = torch.randn(64, 64).bfloat16()
-        values, scale = emulation.quantize(x)
+        values, scale = numerics.quantize(x)
         grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
         grid = grid[~grid.isnan()]
         factor = torch.exp2(scale.double() - 127).repeat_interleave(32, 1)
@@ -50,35 +50,35 @@ class TestMXFP8Quantizer(CustomTestCase):
         }
         for name, (x, byte, first) in cases.items():
             with self.subTest(name):
-                values, scale = emulation.quantize(x)
+                values, scale = numerics.quantize(x)
                 self.assertEqual(scale.item(), byte)
                 self.assertEqual(values[0, 0].float().item(), first)
 
     def test_nan_and_inf_follow_the_device_code(self):
-        values, scale = emulation.quantize(one_group(NAN, 448.0))
+        values, scale = numerics.quantize(one_group(NAN, 448.0))
         self.assertEqual(scale.item(), 127)
         self.assertTrue(values[0, 0].float().isnan())
         self.assertEqual(values[0, 1].float().item(), 448.0)
 
-        values, scale = emulation.quantize(one_group(INF, 3.0, -3.0))
+        values, scale = numerics.quantize(one_group(INF, 3.0, -3.0))
         self.assertEqual(scale.item(), 254)
         self.assertTrue(values[0, 0].float().isnan())
         self.assertEqual(values[0, 1:3].view(torch.uint8).tolist(), [0x00, 0x80])
 
-        values, scale = emulation.quantize(torch.full((1, 32), NAN).bfloat16())
+        values, scale = numerics.quantize(torch.full((1, 32), NAN).bfloat16())
         self.assertEqual(scale.item(), 255)
         self.assertTrue(values.float().isnan().all())
 
     def test_dequantize_every_scale_byte(self):
         ones = torch.ones(1, 32 * 256).to(torch.float8_e4m3fn)
         scale = torch.arange(256, dtype=torch.uint8).view(1, -1)
-        decoded = emulation.dequantize(ones, scale)[0, ::32].double()
+        decoded = numerics.dequantize(ones, scale)[0, ::32].double()
         self.assertEqual(decoded[:255].tolist(), [2.0 ** (b - 127) for b in range(255)])
         self.assertTrue(decoded[255].isnan())
 
     def test_k_must_be_whole_groups(self):
         with self.assertRaisesRegex(ValueError, "K % 32 == 0, got K = 48"):
-            emulation.quantize(torch.zeros(2, 48))
+            numerics.quantize(torch.zeros(2, 48))
 
 
 class TestMXFP8Matmul(CustomTestCase):

@@ -16,16 +16,17 @@ from unittest import mock
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.quantization import fp8, mxfp8_names
+from sglang.srt.layers.quantization import fp8
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
-from sglang.srt.layers.quantization.mxfp8_formats import (
+from sglang.srt.layers.quantization.mxfp8 import names
+from sglang.srt.layers.quantization.mxfp8.formats import (
     LayerList,
     describe_mxfp8,
     flat_modelopt_mxfp8,
 )
-from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
-from sglang.srt.layers.quantization.mxfp8_model import mxfp8_checkpoint_form
-from sglang.srt.layers.quantization.mxfp8_names import Mxfp8Plan
+from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+from sglang.srt.layers.quantization.mxfp8.names import Mxfp8Plan
 from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -507,8 +508,8 @@ class TestLoading(FormatTestCase):
         parts = [f"layers.1.self_attn.{part}_proj" for part in "qkv"]
         config = modelopt(ignore=[f"model.{part}" for part in parts])
         path = with_format(self.path("asked"), self.mixed(*parts), config)
-        with mock.patch.object(mxfp8_names, "ask_model", side_effect=KeyError("x")):
-            with self.assertLogs(mxfp8_names.logger, "WARNING"):
+        with mock.patch.object(names, "ask_model", side_effect=KeyError("x")):
+            with self.assertLogs(names.logger, "WARNING"):
                 model = load_on_cpu(path)
         attention = model.model.layers[1].self_attn
         self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)

@@ -27,7 +27,7 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
+from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8, fp8_utils
-from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
+from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,

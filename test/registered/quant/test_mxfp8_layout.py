@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang.srt.layers.quantization import mxfp8_layout as layout
+from sglang.srt.layers.quantization.mxfp8 import layout
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -148,7 +148,7 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
     def run_with_kernel(self, script: str, **env: str) -> None:
         """Run `script` in a new Python, with the kernel's file imported as `kernel`."""
         folder = os.path.dirname(layout.__file__)
-        script = "import mxfp8_shuffle_kernel as kernel\n" + textwrap.dedent(script)
+        script = "import shuffle_kernel as kernel\n" + textwrap.dedent(script)
         result = subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONPATH": folder, **env},

@@ -18,23 +18,24 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization import fp8_utils, mxfp8_weights
-from sglang.srt.layers.quantization.mxfp8_emulation import quantize
-from sglang.srt.layers.quantization.mxfp8_layout import (
-    kernel_scale,
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.mxfp8 import weights
+from sglang.srt.layers.quantization.mxfp8.layout import (
     shuffle_rows,
     swizzle_scale,
     swizzled_scale_numel,
     unswizzle_scale_,
 )
-from sglang.srt.layers.quantization.mxfp8_model import (
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
-    load_mxfp8_model,
+    load_served_model,
 )
-from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearBackend
-from sglang.srt.layers.quantization.mxfp8_weights import (
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
+from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearBackend
+from sglang.srt.layers.quantization.mxfp8.weights import (
     HalfMoved,
     deferred_processing,
+    kernel_scale,
 )
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -86,7 +87,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def load_unchecked(loader):
     """A model of no model class, so that there is no copy to check updates with."""
     with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-        return load_mxfp8_model(loader, None, None)
+        return load_served_model(loader, None, None)
 
 
 class MXFP8TestCase(CustomTestCase):
@@ -215,7 +216,7 @@ class TestLayerLife(MXFP8TestCase):
             time.sleep(0.01)
             unswizzle_scale_(*args)
 
-        self.enterContext(mock.patch.object(mxfp8_weights, "unswizzle_scale_", slowly))
+        self.enterContext(mock.patch.object(weights, "unswizzle_scale_", slowly))
         widths = [128] * 16
         layer = build(
             widths,
@@ -577,10 +578,10 @@ class TestLoading(MXFP8TestCase):
         layers = build(256, 512), build(256, 512)
         tensors = [named(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
         model = self.load_model(*layers, tensors=tensors[0] + tensors[1])
-        self.enterContext(mock.patch.object(mxfp8_weights, "_half_moved", None))
+        self.enterContext(mock.patch.object(weights, "_half_moved", None))
         runner = mock.MagicMock()
         ModelRunner.forward(runner, None)
-        with mock.patch.object(mxfp8_weights, "shuffle_rows_", side_effect=MemoryError):
+        with mock.patch.object(weights, "shuffle_rows_", side_effect=MemoryError):
             with self.assertRaisesRegex(HalfMoved, "layers.0 .*MemoryError.*restart"):
                 model.load_weights(tensors[0])
         # Also where a captured graph would run, which sees no layer.

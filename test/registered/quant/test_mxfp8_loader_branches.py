@@ -19,10 +19,10 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization import mxfp8_weights
-from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
-from sglang.srt.layers.quantization.mxfp8_emulation import quantize
-from sglang.srt.layers.quantization.mxfp8_model import mxfp8_layers
+from sglang.srt.layers.quantization.mxfp8 import weights
+from sglang.srt.layers.quantization.mxfp8.agreement import run_weight_update
+from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_weights_of
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -197,7 +197,7 @@ class TestQuantizedOnEveryBranch(TestE8M0ScalesOnEveryBranch):
             quantized.append(x.numel())
             return quantize(x)
 
-        with mock.patch.object(mxfp8_weights, "quantize", count):
+        with mock.patch.object(weights, "quantize", count):
             layer.weight.weight_loader(layer.weight, tensors[0], *shard_id)
 
     def assert_holds(self, layer, weight: torch.Tensor, scale: torch.Tensor) -> None:
@@ -303,7 +303,7 @@ def assert_computes(model: torch.nn.Module, tensors: dict) -> None:
     """Each layer, over both ranks, gives what the whole weight gives."""
     rank, whole = torch.distributed.get_rank(), fused_parameters(tensors)
     torch.manual_seed(0)
-    for weights in mxfp8_layers(model):
+    for weights in mxfp8_weights_of(model):
         layer, name = weights.layer, weights.name
         weight, scale = (whole[f"{name}.{n}"] for n in ("weight", "weight_scale_inv"))
         x = torch.randn(3, weight.shape[1]).bfloat16()

@@ -31,12 +31,12 @@ from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers import deep_gemm_wrapper
 from sglang.srt.layers.linear import ColumnParallelLinear
-from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8_model import (
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
-    load_mxfp8_model,
     load_mxfp8_tensors_directly,
+    load_served_model,
 )
+from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -245,7 +245,9 @@ class TestReaders(CustomTestCase):
                 hf_config = SimpleNamespace(architectures=["Tiny"])
                 # No model class, so no copy of it to check updates with.
                 with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-                    load_mxfp8_model(loader, SimpleNamespace(hf_config=hf_config), None)
+                    load_served_model(
+                        loader, SimpleNamespace(hf_config=hf_config), None
+                    )
                 _, weight, scale = random_mxfp8(*attn.kv_b_proj.weight.shape, seed=1)
                 sent = {"weight": weight, "weight_scale_inv": scale}
 

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
 
-from sglang.srt.layers.quantization.mxfp8_emulation import quantize
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 

@@ -16,11 +16,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.quantization import fp8_utils, mxfp8_emulation, mxfp8_routing
-from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8_layout import swizzle_scale
-from sglang.srt.layers.quantization.mxfp8_model import load_mxfp8_model
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.mxfp8 import emulation, routing
+from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     BF16,
     CONFIG_DIR,
@@ -54,7 +55,7 @@ ALL = (TRTLLM, CUTLASS, TRITON)
 def machine(capability=None, flashinfer="0.6.7.post3", emulation=False):
     """Resolve as on a GPU of this compute capability, or without one."""
     with mock.patch.multiple(
-        mxfp8_routing,
+        routing,
         is_cuda=lambda: capability is not None,
         get_device_capability=lambda: capability,
         is_sm100_supported=lambda: capability is not None and capability[0] == 10,
@@ -68,7 +69,7 @@ def machine(capability=None, flashinfer="0.6.7.post3", emulation=False):
 def load_unchecked(loader):
     """A model of no model class, so that there is no copy to check updates with."""
     with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-        return load_mxfp8_model(loader, None, None)
+        return load_served_model(loader, None, None)
 
 
 class TestResolve(CustomTestCase):
@@ -284,7 +285,7 @@ class TestSettings(CustomTestCase):
 
     def test_flashinfer_switched_off_is_missing(self):
         with machine((10, 0)), mock.patch.object(
-            mxfp8_routing, "is_flashinfer_available", lambda: False
+            routing, "is_flashinfer_available", lambda: False
         ):
             with self.assertRaisesRegex(RuntimeError, "IS_FLASHINFER_AVAILABLE=true"):
                 resolve_mxfp8_linear_backend("flashinfer_trtllm")
@@ -403,11 +404,11 @@ class TestAutotuning(CustomTestCase):
 
         def mm_mxfp8(*args, **kwargs):
             seen.append(AutoTuner.get().is_tuning_mode)
-            return mxfp8_emulation.mm_mxfp8(*args, **kwargs)
+            return emulation.mm_mxfp8(*args, **kwargs)
 
         def mxfp8_quantize(x, sf_swizzle_layout):
             self.assertEqual(sf_swizzle_layout, flashinfer.SfLayout.layout_8x4)
-            return mxfp8_emulation.mxfp8_quantize(x, True)
+            return emulation.mxfp8_quantize(x, True)
 
         layer, weight, scale = loaded(256, 512, "flashinfer_trtllm")
         x = torch.randn(3, 512).bfloat16()
@@ -490,7 +491,7 @@ def on_every_backend(test):
         with mock.patch.object(
             fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
         ), mock.patch.multiple(
-            mxfp8_routing, is_cuda=lambda: True, is_sm100_supported=lambda: True
+            routing, is_cuda=lambda: True, is_sm100_supported=lambda: True
         ):
             for backend, n, k, dtype in CASES:
                 flag = "flashinfer_trtllm" if backend == BF16 else backend.value
@@ -600,7 +601,7 @@ class TestEveryBackend(CustomTestCase):
             layer, _, _ = loaded(n, k, "flashinfer_trtllm")
             for m in (1, 128, 129):
                 with self.subTest(n=n, m=m), mock.patch.object(
-                    mxfp8_emulation, "mm_mxfp8", wraps=mxfp8_emulation.mm_mxfp8
+                    emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
                 ) as gemm:
                     fp8_utils._kernels.cache_clear()
                     layer(torch.randn(m, k).bfloat16())

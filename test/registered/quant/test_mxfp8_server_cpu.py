@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.utils import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (

@@ -14,8 +14,8 @@ import torch
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import MergedColumnParallelLinear
-from sglang.srt.layers.quantization import mxfp8_model, mxfp8_weights
-from sglang.srt.layers.quantization.mxfp8_layout import unswizzle_scale_
+from sglang.srt.layers.quantization.mxfp8 import lifecycle, weights
+from sglang.srt.layers.quantization.mxfp8.layout import unswizzle_scale_
 from sglang.test.ci.ci_register import register_cuda_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
@@ -89,7 +89,7 @@ def slow_restores():
         torch.cuda._sleep(CYCLES)
         unswizzle_scale_(*args)
 
-    with mock.patch.object(mxfp8_weights, "unswizzle_scale_", unswizzle):
+    with mock.patch.object(weights, "unswizzle_scale_", unswizzle):
         yield
 
 
@@ -109,7 +109,7 @@ class TestStreams(CustomTestCase):
         model, loader = Model(cycles), mock.Mock()
         loader.load_config = LoadConfig()
         loader.load_model = lambda **_: model.load_weights(tensors(0).items()) or model
-        return mxfp8_model.load_mxfp8_model(loader, None, None)
+        return lifecycle.load_served_model(loader, None, None)
 
     def assert_holds(self, model, seed):
         torch.cuda.synchronize()
@@ -139,7 +139,7 @@ class TestStreams(CustomTestCase):
         for cycles, restores in ((CYCLES, contextlib.nullcontext), (0, slow_restores)):
             model = self.start(cycles)
             with self.subTest(cycles=cycles), restores():
-                load = mxfp8_model.as_mxfp8_raw_loader(Model.write_past_the_loaders)
+                load = lifecycle.as_mxfp8_raw_loader(Model.write_past_the_loaders)
                 load(model, tensors(1).items())
                 self.assert_holds(model, 1)
 

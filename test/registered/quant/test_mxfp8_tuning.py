@@ -13,8 +13,8 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.layers.quantization import mxfp8_routing
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization.mxfp8 import routing
+from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearBackend,
     Mxfp8LinearOptions,
     TunedLayer,
@@ -139,7 +139,7 @@ class TestTable(CustomTestCase):
         self.write(256, 512, NARROW, rehearsal=True)
         table = json.loads(self.write(8192, 4096, WIDE, rehearsal=True).read_text())
         self.assertEqual(set(table["layers"]), {"N=256,K=512", "N=8192,K=4096"})
-        with self.assertLogs(mxfp8_routing.logger, "WARNING") as logs:
+        with self.assertLogs(routing.logger, "WARNING") as logs:
             self.assertEqual(self.read(), {})
         self.assertIn("it is a rehearsal", logs.output[0])
 

@@ -28,13 +28,13 @@ from transformers import LlamaConfig
 from sglang.srt.connector import BaseConnector, create_remote_connector
 from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.quantization.mxfp8_layout import swizzled_scale_numel
-from sglang.srt.layers.quantization.mxfp8_model import (
+from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     check_mxfp8_disk_update,
     mxfp8_checkpoint_form,
-    mxfp8_layers,
+    mxfp8_weights_of,
 )
-from sglang.srt.layers.quantization.mxfp8_weights import check_parameters
+from sglang.srt.layers.quantization.mxfp8.weights import check_parameters
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import loader as loaders
 from sglang.srt.models.deepseek import DeepseekForCausalLM
@@ -99,7 +99,7 @@ class LoadPathTestCase(CustomTestCase):
         """The layers multiply by `tensors`, and give them back byte for byte."""
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
-        for weights in mxfp8_layers(model):
+        for weights in mxfp8_weights_of(model):
             layer, name = weights.layer, weights.name
             self.assertTrue(weights.in_kernel_form, name)
             x = torch.randn(3, layer.input_size).bfloat16()
@@ -137,7 +137,7 @@ class TestLoadFormats(LoadPathTestCase):
 
     def test_dummy_can_be_served_and_updated(self):
         model = load_on_cpu(self.paths[0], load_format="dummy")
-        for weights in mxfp8_layers(model):
+        for weights in mxfp8_weights_of(model):
             self.assertTrue(weights.in_kernel_form)
             output, _ = weights.layer(
                 torch.ones(2, weights.layer.input_size).bfloat16()
@@ -269,7 +269,7 @@ class TestMemorySaver(LoadPathTestCase):
     def test_an_update_restores_memory_that_came_back_with_other_bytes(self):
         model = load_on_cpu(self.paths[0])
         generator = torch.Generator().manual_seed(0)
-        for weights in mxfp8_layers(model):
+        for weights in mxfp8_weights_of(model):
             for param in (weights.layer.weight, weights.layer.weight_scale_inv):
                 storage = param.untyped_storage()  # with the padding
                 raw = torch.empty(0, dtype=torch.uint8).set_(storage)
@@ -435,7 +435,7 @@ class TestWeightsChecker(LoadPathTestCase):
             runner.check_weights("snapshot")
             self.assert_serves(model, self.tensors[0])
             runner.check_weights("reset_tensors")
-        layer = mxfp8_layers(model)[0]
+        layer = mxfp8_weights_of(model)[0]
         self.assertTrue(layer.in_kernel_form)
         with mxfp8_checkpoint_form(model):
             held = layer.layer.weight_scale_inv
@@ -542,7 +542,7 @@ class TestOffload(LoadPathTestCase):
         tensors = checkpoint(**UNPADDED)
         path = os.path.join(self.directory, "copies")
         model = load_on_cpu(write_checkpoint(path, tensors, **UNPADDED))
-        for weights in mxfp8_layers(model):
+        for weights in mxfp8_weights_of(model):
             layer = weights.layer
             x = torch.randn(3, layer.input_size).bfloat16()
             expected, _ = layer(x)
@@ -551,7 +551,7 @@ class TestOffload(LoadPathTestCase):
             self.assertTrue(torch.equal(output, expected), weights.name)
 
     def test_a_padded_layer_that_was_moved_says_so(self):
-        weights = mxfp8_layers(load_on_cpu(self.paths[0]))[2]
+        weights = mxfp8_weights_of(load_on_cpu(self.paths[0]))[2]
         weights.to_checkpoint_form()
         scale = weights.layer.weight_scale_inv
         scale.data = scale.data.clone()
@@ -615,7 +615,7 @@ class TestPackedExperts(LoadPathTestCase):
     def test_in_bf16_they_load_beside_layers_in_mxfp8(self):
         model = self.build(mxfp8_config(ignored_layers=["experts"]))
         check_parameters(model)
-        names = {w.layer.prefix.rpartition(".")[2] for w in mxfp8_layers(model)}
+        names = {w.layer.prefix.rpartition(".")[2] for w in mxfp8_weights_of(model)}
         self.assertEqual(names, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})
         weight = torch.full((256, 128), 3, dtype=torch.bfloat16)
         name = "model.layers.1.mlp.experts.2.down_proj.weight"
@@ -626,7 +626,7 @@ class TestPackedExperts(LoadPathTestCase):
 class TestOneCopy(LoadPathTestCase):
     def assert_one_copy(self, model: torch.nn.Module) -> None:
         """Read from the storages: weight and scale, as the kernels need them, no more."""
-        for weights in mxfp8_layers(model):
+        for weights in mxfp8_weights_of(model):
             layer = weights.layer
             n, k = layer.weight.shape
             tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
@@ -667,7 +667,7 @@ class TestOneCopy(LoadPathTestCase):
         for device, config in (("meta", config), ("cpu", small)):
             with loaders.set_default_torch_dtype(torch.bfloat16), torch.device(device):
                 model = LlamaForCausalLM(config, mxfp8_config())
-            layers = mxfp8_layers(model)
+            layers = mxfp8_weights_of(model)
             addresses = [p.data_ptr() for p in model.parameters()]
             for weights in layers:
                 self.assertTrue(weights.backend.is_flashinfer_trtllm())

@@ -22,21 +22,21 @@ from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import LinearBase
-from sglang.srt.layers.quantization import mxfp8_model
 from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.mxfp8_agreement import (
+from sglang.srt.layers.quantization.mxfp8 import lifecycle
+from sglang.srt.layers.quantization.mxfp8.agreement import (
     UpdateRefused,
     agree_to_write,
     note_taken,
     run_weight_update,
 )
-from sglang.srt.layers.quantization.mxfp8_model import (
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
     check_mxfp8_disk_update,
     load_mxfp8_tensors_directly,
     mxfp8_checkpoint_form,
 )
-from sglang.srt.layers.quantization.mxfp8_update_check import UpdateCheck
+from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -494,7 +494,7 @@ class TestChecksThatCannotRun(CheckTestCase):
 
     def test_one_copy_serves_the_start_and_every_update(self):
         with mock.patch.object(
-            mxfp8_model, "UpdateCheck", side_effect=UpdateCheck
+            lifecycle, "UpdateCheck", side_effect=UpdateCheck
         ) as made:
             model = load_on_cpu(self.served)
             model.load_weights(self.b.items())
@@ -611,7 +611,7 @@ class TestDeepseekV3(CustomTestCase):
             model_config = ModelConfig.from_server_args(args)
         cls.tensors = list(deepseek_tensors(config).items())
         cls.check = UpdateCheck(
-            mxfp8_model._meta_model_builder(
+            lifecycle._meta_model_builder(
                 get_model_loader(LoadConfig(), model_config),
                 model_config,
                 mxfp8_config(weight_block_size=[1, 32]),

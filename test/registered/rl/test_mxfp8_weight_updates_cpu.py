@@ -16,7 +16,7 @@ from unittest import mock
 import requests
 import torch
 
-from sglang.srt.layers.quantization import mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8 import weights
 from sglang.srt.utils import (
     MultiprocessingSerializer,
     init_custom_process_group,
@@ -358,7 +358,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
 
 def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
     """A --custom-weight-loader after which no trtllm weight can be rearranged."""
-    mxfp8_weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
+    weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
 
 
 class TestAHalfMovedLayer(CustomTestCase):

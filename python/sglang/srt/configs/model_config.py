@@ -8,7 +8,7 @@ from typing import Optional
 
 from overlay.marks import prepend, splice
 
-from sglang.srt.layers.quantization.mxfp8_formats import (
+from sglang.srt.layers.quantization.mxfp8.formats import (
     describe_mxfp8,
     flat_modelopt_mxfp8,
 )

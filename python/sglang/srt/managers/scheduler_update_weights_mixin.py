@@ -6,7 +6,7 @@ SchedulerUpdateWeightsMixin.update_weights_from_tensor, SchedulerUpdateWeightsMi
 
 from overlay.marks import splice
 
-from sglang.srt.layers.quantization.mxfp8_agreement import run_weight_update
+from sglang.srt.layers.quantization.mxfp8.agreement import run_weight_update
 
 
 class SchedulerUpdateWeightsMixin:

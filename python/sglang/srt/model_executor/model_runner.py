@@ -33,17 +33,17 @@ from typing import TYPE_CHECKING
 
 from overlay.marks import decorate, prepend, splice
 
-from sglang.srt.layers.quantization.mxfp8_agreement import what_was_written
-from sglang.srt.layers.quantization.mxfp8_model import (
+from sglang.srt.layers.quantization.mxfp8.agreement import what_was_written
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     AgreedWeights,
     as_mxfp8_raw_loader,
     check_mxfp8_disk_update,
     in_mxfp8_checkpoint_form,
     is_mxfp8_model,
-    load_mxfp8_model,
     load_mxfp8_tensors_directly,
+    load_served_model,
 )
-from sglang.srt.layers.quantization.mxfp8_weights import refuse_half_moved
+from sglang.srt.layers.quantization.mxfp8.weights import refuse_half_moved
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import (
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 class ModelRunner:
     @splice
     def load_model(self):
-        self.model = load_mxfp8_model(
+        self.model = load_served_model(
             self.loader, self.model_config, DeviceConfig(self.device, self.gpu_id)
         )
 

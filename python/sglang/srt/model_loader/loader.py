@@ -14,8 +14,8 @@ DefaultModelLoader._get_weights_iterator
 
 from overlay.marks import decorate, prepend
 
-from sglang.srt.layers.quantization.mxfp8_names import takes_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8_numerics import reads_finite_weights
+from sglang.srt.layers.quantization.mxfp8.names import takes_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.numerics import reads_finite_weights
 
 
 @decorate
@@ -30,6 +30,8 @@ class DefaultModelLoader:
 
     @prepend
     def _get_all_weights(self, model_config, model):
-        from sglang.srt.layers.quantization.mxfp8_model import check_mxfp8_checkpoint
+        from sglang.srt.layers.quantization.mxfp8.lifecycle import (
+            check_mxfp8_checkpoint,
+        )
 
         check_mxfp8_checkpoint(self, model_config, model)

@@ -10,7 +10,7 @@ BailingMoELinearForCausalLM._weight_requant_ue8m0
 
 from overlay.marks import prepend, splice
 
-from sglang.srt.layers.quantization.mxfp8_weights import mla_kv_b_weight
+from sglang.srt.layers.quantization.mxfp8.weights import mla_kv_b_weight
 
 
 class BailingMoELinearForCausalLM:

@@ -6,7 +6,7 @@ LongcatFlashForCausalLMNextN.post_load_weights
 
 from overlay.marks import splice
 
-from sglang.srt.layers.quantization.mxfp8_weights import mla_kv_b_weight
+from sglang.srt.layers.quantization.mxfp8.weights import mla_kv_b_weight
 
 
 class LongcatFlashForCausalLMNextN:

@@ -61,17 +61,17 @@ from sglang.srt.layers.quantization.fp8_utils import (
     dispatch_w8a8_mxfp8_linear,
     get_fp8_gemm_runner_backend,
 )
-from sglang.srt.layers.quantization.mxfp8_formats import (
+from sglang.srt.layers.quantization.mxfp8.formats import (
     LayerList,
     names_the_format,
 )
-from sglang.srt.layers.quantization.mxfp8_names import Mxfp8Plan
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization.mxfp8.names import Mxfp8Plan
+from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearOptions,
     resolve_mxfp8_linear_backend,
     select_mxfp8_linear_backend,
 )
-from sglang.srt.layers.quantization.mxfp8_weights import Mxfp8LinearWeights
+from sglang.srt.layers.quantization.mxfp8.weights import Mxfp8LinearWeights
 
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.fp8 import (
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
 
 
 class Fp8Config(QuantizationConfig):
-    # Of the model that is built by it: see mxfp8_names.
+    # Of the model that is built by it: see mxfp8.names.
     mxfp8_plan: Optional[Mxfp8Plan] = None
     choose_mxfp8: Optional[Callable[[Module, str], bool]] = None
 

@@ -46,20 +46,22 @@ import torch
 from overlay.marks import drop, prepend
 from packaging.version import Version
 
-from sglang.srt.layers.quantization import mxfp8_emulation
-from sglang.srt.layers.quantization.mxfp8_layout import (
-    GROUP_SIZE,
-    dequantized_weight,
-    kernel_scale,
+from sglang.srt.layers.quantization.mxfp8 import emulation, numerics
+from sglang.srt.layers.quantization.mxfp8.layout import (
     swizzle_scale,
     swizzled_scale_numel,
     unswizzle_scale,
 )
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearBackend,
     Mxfp8LinearChoice,
     flashinfer_version,
     mxfp8_kernels_missing,
+)
+from sglang.srt.layers.quantization.mxfp8.weights import (
+    dequantized_weight,
+    kernel_scale,
 )
 from sglang.srt.utils.common import sglang_lib
 from sglang.srt.utils.custom_op import register_custom_op
@@ -104,7 +106,7 @@ def mxfp8_group_quantize(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     assert x.shape[1] % GROUP_SIZE == 0, f"K={x.shape[1]} must be divisible by 32"
     downcast = _triton_downcast() if x.is_cuda else None
     if downcast is None:
-        return mxfp8_emulation.quantize(x)
+        return numerics.quantize(x)
     values, scale = downcast(x.contiguous(), torch.float8_e4m3fn, axis=1)
     return values.contiguous(), scale.contiguous()
 
@@ -198,7 +200,7 @@ def _register_mxfp8_op(fake_impl: Callable) -> Callable:
 def _kernels(backend: str) -> Tuple[Callable, Callable]:
     """FlashInfer's quantizer and GEMM, or their emulation, with the same signatures."""
     if mxfp8_kernels_missing(Mxfp8LinearBackend(f"flashinfer_{backend}")):
-        return mxfp8_emulation.mxfp8_quantize, mxfp8_emulation.mm_mxfp8
+        return emulation.mxfp8_quantize, emulation.mm_mxfp8
     from flashinfer import SfLayout, mm_mxfp8, mxfp8_quantize
     from flashinfer.autotuner import AutoTuner
 
@@ -448,7 +450,7 @@ def bf16_mxfp8_linear(
     """
     if input_scale is not None:
         input, scale = _quantized_input(input, input_scale)
-        input = mxfp8_emulation.dequantize(input, _linear_scale(input, scale))
+        input = numerics.dequantize(input, _linear_scale(input, scale))
     output = torch.nn.functional.linear(
         input.to(torch.bfloat16), dequantized_weight(weight)
     )

@@ -26,14 +26,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.quantization.mxfp8_agreement import (
+from sglang.srt.layers.quantization.mxfp8.agreement import (
     UpdateRefused,
     note_taken,
     shorten,
 )
-from sglang.srt.layers.quantization.mxfp8_formats import OTHER_SCALE, SCALE
-from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8_weights import WEIGHT, name_mxfp8_layers
+from sglang.srt.layers.quantization.mxfp8.formats import OTHER_SCALE, SCALE
+from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, name_mxfp8_weights
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 
@@ -94,7 +94,7 @@ class UpdateCheck:
                 "MXFP8 weights cannot be checked before they are loaded, since the model "
                 f"cannot be built on the meta device: {error!r}. {ACCEPT_UNCHECKED}"
             ) from error
-        self._layers = name_mxfp8_layers(self._model)
+        self._layers = name_mxfp8_weights(self._model)
         for weights in self._layers:
             weights.fixed_shapes = True
         self._quantizes = any(weights.quantize_on_load for weights in self._layers)

@@ -18,7 +18,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8_layout import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 
 SCALE = "weight_scale_inv"
 # What the parameter is called in checkpoints of ModelOpt and compressed-tensors.

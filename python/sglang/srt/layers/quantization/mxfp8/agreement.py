@@ -10,7 +10,7 @@ from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8_weights import HalfMoved
+from sglang.srt.layers.quantization.mxfp8.weights import HalfMoved
 
 logger = logging.getLogger(__name__)
 

@@ -18,28 +18,28 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.mxfp8_agreement import UpdateRefused, agree_to_write
-from sglang.srt.layers.quantization.mxfp8_formats import with_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8_names import on_meta_device
-from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8_routing import (
+from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
+from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.names import on_meta_device
+from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     Mxfp8LinearChoice,
     mxfp8_kernels_missing,
 )
-from sglang.srt.layers.quantization.mxfp8_update_check import (
+from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
 )
-from sglang.srt.layers.quantization.mxfp8_weights import (
+from sglang.srt.layers.quantization.mxfp8.weights import (
     Mxfp8LinearWeights,
     check_parameters,
     deferred_processing,
-    mxfp8_layers,
-    name_mxfp8_layers,
+    mxfp8_weights_of,
+    name_mxfp8_weights,
 )
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.utils import copy_or_rebind_param
@@ -59,7 +59,7 @@ _A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
 _FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
 
 
-def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
+def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     """`loader.load_model`, then every MXFP8 layer in kernel form, for good.
 
     While the loader runs, layers stay in checkpoint form, whatever it does: most
@@ -75,7 +75,7 @@ def load_mxfp8_model(loader, model_config, device_config) -> torch.nn.Module:
         model = loader.load_model(
             model_config=model_config, device_config=device_config
         )
-    layers = name_mxfp8_layers(model)
+    layers = name_mxfp8_weights(model)
     if not is_mxfp8_model(model):
         return model
     _refuse_unsupported(loader, layers)
@@ -236,7 +236,7 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
 
     For code that reads or writes parameters past their loaders. Ends in kernel form.
     """
-    layers = mxfp8_layers(model)
+    layers = mxfp8_weights_of(model)
     _wait_for_streams(layers)
     try:
         for weights in layers:
@@ -312,7 +312,7 @@ def _direct_writes(
     model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
 ) -> Iterable[Tuple[str, torch.Tensor]]:
     parameters = dict(model.named_parameters())
-    owners = {id(w.layer.weight): w for w in mxfp8_layers(model)}
+    owners = {id(w.layer.weight): w for w in mxfp8_weights_of(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
     for name, tensor in named_tensors:
         if name not in parameters:
@@ -329,7 +329,7 @@ def _direct_writes(
 
 def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
     """What an MLA model must do after raw writes: it keeps weights made of kv_b_proj's."""
-    if not any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_layers(model)):
+    if not any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
         return lambda: None
     makers = [m for m in model.modules() if hasattr(m, "post_load_weights")]
     if not makers:  # Kimi-Linear makes them at the end of every load, even of nothing

@@ -17,14 +17,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from sglang.srt.layers.quantization.mxfp8_emulation import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8_formats import SCALE
-from sglang.srt.layers.quantization.mxfp8_layout import (
-    GROUP_SIZE,
+from sglang.srt.layers.quantization.mxfp8.formats import SCALE
+from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
-    dequantized_end,
-    dequantized_weight,
-    kernel_scale,
+    align,
     shuffle_rows_,
     swizzle_scale_,
     swizzled_scale_numel,
@@ -33,8 +29,13 @@ from sglang.srt.layers.quantization.mxfp8_layout import (
     unswizzle_scale,
     unswizzle_scale_,
 )
-from sglang.srt.layers.quantization.mxfp8_numerics import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8_routing import Mxfp8LinearChoice
+from sglang.srt.layers.quantization.mxfp8.numerics import (
+    GROUP_SIZE,
+    dequantize,
+    quantize,
+    refuse_non_finite,
+)
+from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearChoice
 
 WEIGHT = "weight"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
@@ -361,15 +362,15 @@ class Mxfp8LinearWeights:
                 weight[rows], scale[rows] = quantize(source[rows])
 
 
-def name_mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+def name_mxfp8_weights(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
     """The model's MXFP8 layers, each named by its path: prefixes may be missing."""
     for path, module in model.named_modules():
         if hasattr(module, "mxfp8_weights"):
             module.mxfp8_weights.name = path
-    return mxfp8_layers(model)
+    return mxfp8_weights_of(model)
 
 
-def mxfp8_layers(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
+def mxfp8_weights_of(model: torch.nn.Module) -> List[Mxfp8LinearWeights]:
     return [m.mxfp8_weights for m in model.modules() if hasattr(m, "mxfp8_weights")]
 
 
@@ -377,7 +378,7 @@ def check_parameters(model: torch.nn.Module) -> None:
     """Raise, naming the layer, where a model put other parameters in place of a layer's
     (RuntimeError), moved them, or keeps anything else in their memory (ValueError)."""
     owners = {}
-    for weights in mxfp8_layers(model):
+    for weights in mxfp8_weights_of(model):
         weights.check_parameters()
         owners |= {r.cdata: (weights, n) for n, r in weights._rooms.items()}
     for module in model.modules():
@@ -438,6 +439,28 @@ def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     step = max(1, MAX_TEMPORARY_BYTES // (32 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
         yield slice(start, start + step)
+
+
+def kernel_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The 1-D 128x4 bytes behind a registered [N, K/32] scale, padding included.
+
+    The padding lies in the parameter's storage beyond its view. Raises RuntimeError
+    (from torch) when the storage is too small, as after a copy of the bare view.
+    """
+    return scale.as_strided((swizzled_scale_numel(*scale.shape),), (1,))
+
+
+def dequantized_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The bf16 [N, K] weight in the storage of a registered e4m3 [N, K], beyond its view."""
+    n, k = weight.shape
+    start = align(n * k, 16)
+    behind = weight.view(torch.uint8).as_strided((2 * n * k,), (1,), start)
+    return behind.view(torch.bfloat16).view(n, k)
+
+
+def dequantized_end(n: int, k: int) -> int:
+    """Bytes of the storage that `dequantized_weight` reads to."""
+    return align(n * k, 16) + 2 * n * k
 
 
 def mla_kv_b_weight(self_attn: torch.nn.Module) -> torch.Tensor:

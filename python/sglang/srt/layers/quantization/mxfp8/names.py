@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch.utils._pytree import tree_map_only
 
-from sglang.srt.layers.quantization.mxfp8_formats import (
+from sglang.srt.layers.quantization.mxfp8.formats import (
     bare_name,
     with_mxfp8_names,
 )

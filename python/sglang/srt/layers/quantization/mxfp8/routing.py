@@ -21,7 +21,7 @@ import torch
 from packaging.version import Version
 
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.mxfp8_layout import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 from sglang.srt.utils import (
     get_device_capability,
     get_device_name,
@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 MIN_FLASHINFER = "0.6.7"
 ANY_M = 2**31 - 1
 SF_LAYOUTS = ("auto", "8x4", "128x4")
-CONFIG_DIR = os.path.join(os.path.dirname(__file__), "configs", "mxfp8")
+CONFIG_DIR = os.path.join(
+    os.path.dirname(os.path.dirname(__file__)), "configs", "mxfp8"
+)
 
 
 class Mxfp8LinearBackend(Enum):

@@ -14,7 +14,6 @@ from typing import Iterator, Tuple
 
 import torch
 
-GROUP_SIZE = 32  # elements along K that share one E8M0 scale
 SHUFFLE_ROWS = 32  # rows that the trtllm weight layout permutes among themselves
 SCALE_GROUP_TILE = 4  # scale columns per tile, in both swizzled layouts
 MAX_TEMPORARY_BYTES = 64 << 20
@@ -176,28 +175,6 @@ def _check_rows(rows: int) -> None:
         )
 
 
-def kernel_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The 1-D 128x4 bytes behind a registered [N, K/32] scale, padding included.
-
-    The padding lies in the parameter's storage beyond its view. Raises RuntimeError
-    (from torch) when the storage is too small, as after a copy of the bare view.
-    """
-    return scale.as_strided((swizzled_scale_numel(*scale.shape),), (1,))
-
-
-def dequantized_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The bf16 [N, K] weight in the storage of a registered e4m3 [N, K], beyond its view."""
-    n, k = weight.shape
-    start = align(n * k, 16)
-    behind = weight.view(torch.uint8).as_strided((2 * n * k,), (1,), start)
-    return behind.view(torch.bfloat16).view(n, k)
-
-
-def dequantized_end(n: int, k: int) -> int:
-    """Bytes of the storage that `dequantized_weight` reads to."""
-    return align(n * k, 16) + 2 * n * k
-
-
 def _permute_blocks(matrix: torch.Tensor, outer: int, inner: int) -> torch.Tensor:
     """Within each block of outer*inner rows, exchange the two factors of the row index."""
     rows, columns = matrix.shape
@@ -210,7 +187,7 @@ def _permute_blocks_(matrix: torch.Tensor, outer: int, inner: int) -> torch.Tens
     rows, columns = matrix.shape
     _check_rows(rows)
     if matrix.is_cuda and torch.version.hip is None:
-        from sglang.srt.layers.quantization import mxfp8_shuffle_kernel as kernel
+        from sglang.srt.layers.quantization.mxfp8 import shuffle_kernel as kernel
 
         if kernel.can_rotate_rows(matrix):
             with torch.cuda.device(matrix.device):

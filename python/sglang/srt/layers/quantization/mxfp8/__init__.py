@@ -1,0 +1,14 @@
+"""MXFP8 for dense linear layers. A module imports only those above it.
+
+numerics        quantize, dequantize, and which bytes are no numbers
+layout          the kernels' permutations of bytes, and back
+shuffle_kernel  one of them as a Triton kernel
+emulation       what FlashInfer's kernels compute, for missing hardware only
+routing         which kernel for which layer
+formats         what a checkpoint's config says
+names           what a model makes of a checkpoint's names
+weights         one layer's weight and scale through its life
+agreement       ranks agree before one of them writes
+update_check    whether a model would take an update
+lifecycle       a model's loads and updates
+"""
