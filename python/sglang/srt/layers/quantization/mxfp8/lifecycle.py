@@ -82,8 +82,7 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     _check_all_written(layers)
     check_parameters(model)
     for weights in layers:
-        weights.fixed_shapes = True
-        weights.held = False
+        weights.release()
     _all_to_kernel_form(layers)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
@@ -240,13 +239,12 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
     _wait_for_streams(layers)
     try:
         for weights in layers:
-            weights.held = True
-            weights.to_checkpoint_form()
+            weights.hold()
         _wait_for_streams(layers)
         yield
     finally:
         for weights in layers:
-            weights.held = False
+            weights.release()
         _all_to_kernel_form(layers)
 
 

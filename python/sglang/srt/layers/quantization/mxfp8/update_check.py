@@ -96,7 +96,7 @@ class UpdateCheck:
             ) from error
         self._layers = name_mxfp8_weights(self._model)
         for weights in self._layers:
-            weights.fixed_shapes = True
+            weights.release()
         self._quantizes = any(weights.quantize_on_load for weights in self._layers)
         self._parameters = {
             param.untyped_storage()._cdata: _Parameter(path, name, module, param)
