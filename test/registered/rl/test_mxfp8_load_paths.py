@@ -239,7 +239,9 @@ class TestDiskUpdateFormats(LoadPathTestCase):
         file = os.path.join(directory, "model.pt")
 
         def refusal():
-            return check_mxfp8_disk_update(model, config, directory, "pt")
+            return check_mxfp8_disk_update(
+                model, config, loaders.get_model_loader, directory, "pt"
+            )
 
         torch.save({**self.tensors[1], "epoch": 3}, file)
         self.assertIsNone(refusal())
