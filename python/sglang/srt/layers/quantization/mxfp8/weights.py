@@ -197,6 +197,12 @@ class Mxfp8LinearWeights:
                 self._restored = torch.cuda.current_stream(weight.device).record_event()
             self.form = Form.CHECKPOINT
 
+    def use(self, choice: Mxfp8LinearChoice) -> None:
+        """Run on another backend from now on, in its form."""
+        self.to_checkpoint_form()
+        self.choice, self.backend = choice, choice.backend
+        self.to_kernel_form()
+
     def hold(self) -> None:
         """Stay in checkpoint form until `release`."""
         self.to_checkpoint_form()
@@ -228,14 +234,35 @@ class Mxfp8LinearWeights:
         For models that read a layer themselves (MLA's `kv_b_proj`). Changes no form.
         """
         with _form_lock:
-            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
-            if self.form == Form.KERNEL and self.backend.is_flashinfer():
-                shuffled = self.backend.is_flashinfer_trtllm()
-                swizzled = kernel_scale(scale)
-                scale = unswizzle_scale(swizzled, *scale.shape, shuffle=shuffled)
-                if shuffled:
-                    weight = unshuffle_rows(weight)
-            return dequantize(weight, scale).to(torch.bfloat16)
+            whole = torch.empty_like(self.layer.weight, dtype=torch.bfloat16)
+            for rows, weight, scale in self.checkpoint_slabs():
+                whole[rows] = dequantize(weight, scale)
+            return whole
+
+    def checkpoint_slabs(self) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Rows, and the weight and scale that a checkpoint has for them, from either form.
+
+        Copies of so many rows that their arithmetic in fp64 takes about 64 MiB.
+        """
+        weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
+        (n, k), groups = weight.shape, scale.shape[1]
+        moved = self.form == Form.KERNEL and self.backend.is_flashinfer()
+        shuffled = moved and self.backend.is_flashinfer_trtllm()
+        step = max(1, MAX_TEMPORARY_BYTES // (32 * 128 * k)) * 128
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            part, part_scale = weight[rows], scale[rows]
+            if moved:
+                tiles = swizzled_scale_numel(start, groups)
+                swizzled = kernel_scale(scale)[tiles:][
+                    : swizzled_scale_numel(len(part), groups)
+                ]
+                part_scale = unswizzle_scale(
+                    swizzled, len(part), groups, shuffle=shuffled
+                )
+            if shuffled:
+                part = unshuffle_rows(part)
+            yield rows, part, part_scale
 
     def as_bytes_of(self, param, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """`loaded` in the parameter's dtype, without conversion, or ValueError."""
@@ -282,6 +309,10 @@ class Mxfp8LinearWeights:
             at_home = StorageWeakRef(storage) == room or self._is_offloaded(param)
             if param.storage_offset() or not at_home:
                 raise ValueError(self._shares(name))
+
+    def is_offloaded(self) -> bool:
+        """Whether its bytes are not where the layer runs."""
+        return self._is_offloaded(self.layer.weight)
 
     def _is_offloaded(self, param: torch.nn.Parameter) -> bool:
         """Whether it was moved alone, with all that its kernel form needs."""
