@@ -194,7 +194,10 @@ class Fp8LinearMethod(LinearMethodBase):
             return loader
 
         def weight_loader(param, loaded_weight, *shard_id):
-            layer.mxfp8_weights.load(loader, param, loaded_weight, *shard_id)
+            weights = layer.mxfp8_weights
+            loaded_weight = weights.accept(param, loaded_weight, *shard_id)
+            self.restore_weights_before_loading(layer)
+            weights.write(loader, param, loaded_weight, *shard_id)
 
         return weight_loader
 
