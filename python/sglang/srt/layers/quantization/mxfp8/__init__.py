@@ -3,6 +3,8 @@
 numerics        quantize, dequantize, and which bytes are no numbers
 layout          the kernels' permutations of bytes, and back
 shuffle_kernel  one of them as a Triton kernel
+weight_only_kernel  a product with the checkpoint's own bytes as Triton kernels
+weight_only     the same, and in plain torch
 emulation       what FlashInfer's kernels compute, for missing hardware only
 routing         which kernel for which layer
 formats         what a checkpoint's config says
