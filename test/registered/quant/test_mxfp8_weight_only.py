@@ -79,7 +79,7 @@ class WeightOnlyTest(CustomTestCase):
                     if dtype == torch.float16:
                         is_in_range = ((byte >= 95) & (byte < 135)) | (byte == 255)
                         below = output[:, byte < 95] - expected[byte < 95]
-                        self.assertLessEqual(float(below.abs().max()), 2**-24)
+                        self.assertLessEqual(float(below.nan_to_num(0).abs().max()), 2**-24)
                     found, wanted = output[:, is_in_range], expected[is_in_range]
                     is_same = (found == wanted) | (found.isnan() & wanted.isnan())
                     if device == "cpu":  # whose products flush subnormals to zero
