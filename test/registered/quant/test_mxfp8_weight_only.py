@@ -55,10 +55,10 @@ def random_operands(m: int, n: int, k: int, dtype=torch.bfloat16, room: int = 0)
 class WeightOnlyTest(CustomTestCase):
     def check_close(self, output, x, weight, scale):
         """Against float64: the output's rounding, and that of the sums in fp32."""
-        expected = x.double().cpu() @ in_float64(weight.cpu(), scale.cpu()).t()
+        expected = x.double() @ in_float64(weight, scale).t()
         self.assertEqual(output.dtype, x.dtype)
         self.assertEqual(output.shape, expected.shape)
-        error = (output.double().cpu() - expected).norm() / expected.norm()
+        error = (output.double() - expected).norm() / expected.norm()
         limit = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}
         self.assertLess(float(error), limit[x.dtype], (list(x.shape), len(weight)))
 
@@ -79,7 +79,9 @@ class WeightOnlyTest(CustomTestCase):
                     if dtype == torch.float16:
                         is_in_range = ((byte >= 95) & (byte < 135)) | (byte == 255)
                         below = output[:, byte < 95] - expected[byte < 95]
-                        self.assertLessEqual(float(below.nan_to_num(0).abs().max()), 2**-24)
+                        self.assertLessEqual(
+                            float(below.nan_to_num(0).abs().max()), 2**-24
+                        )
                     found, wanted = output[:, is_in_range], expected[is_in_range]
                     is_same = (found == wanted) | (found.isnan() & wanted.isnan())
                     if device == "cpu":  # whose products flush subnormals to zero
