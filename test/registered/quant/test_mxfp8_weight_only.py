@@ -53,14 +53,18 @@ def random_operands(m: int, n: int, k: int, dtype=torch.bfloat16, room: int = 0)
 
 
 class WeightOnlyTest(CustomTestCase):
-    def check_close(self, output, x, weight, scale):
-        """Against float64: the output's rounding, and that of the sums in fp32."""
+    def check_close(self, output, x, weight, scale, by_slabs: bool = False):
+        """Against float64: the output's rounding, and that of the sums in fp32.
+
+        cuBLAS, which multiplies by slabs, may round the sums of parts of K as well.
+        """
         expected = x.double() @ in_float64(weight, scale).t()
         self.assertEqual(output.dtype, x.dtype)
         self.assertEqual(output.shape, expected.shape)
         error = (output.double() - expected).norm() / expected.norm()
         limit = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-6}
-        self.assertLess(float(error), limit[x.dtype], (list(x.shape), len(weight)))
+        most = limit[x.dtype] * (2 if by_slabs else 1)
+        self.assertLess(float(error), most, (list(x.shape), len(weight), by_slabs))
 
     def check_every_code_and_scale(self, device: str, max_m: int):
         """The rules that the module states, with x of ones: a row's only weight."""
@@ -233,7 +237,7 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                     found = [compiled(kernel._sum_kernel, arch, dtype, 4, **tile)]
                     tile = {"BN": 16, "BK": 256, **decode}
                     found.append(compiled(kernel._decode_kernel, arch, dtype, 4, **tile))
-                    tilings = list(kernel.TILINGS.values())
+                    tilings = [*kernel.TILINGS.values(), *kernel.SMALL_TILINGS.values()]
                     for each in tilings if dtype == "bf16" else tilings[:1]:
                         tile = {"BM": each.bm, "BN": each.bn, "BK": each.bk}
                         tile.update(WEIGHT_LEFT=each.weight_left, STAGES=each.stages)
@@ -273,7 +277,7 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
                     self.check_every_code_and_scale("cuda", max_m)
 
     def test_shapes_types_and_leading_dimensions(self):
-        shapes = ((1, 32), (33, 96), (1000, 544), (768, 4096), (96, 12288))
+        shapes = ((1, 32), (33, 96), (1000, 544), (768, 4096), (4160, 4128))
         for name in self.decoders():
             for dtype in (torch.bfloat16, torch.float16):
                 for n, k in shapes:
@@ -283,7 +287,7 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
                         with self.with_decoder(name):
                             for max_m in (1000, 0):
                                 output = weight_only_linear(*operands, max_m)
-                                self.check_close(output, *operands)
+                                self.check_close(output, *operands, max_m == 0)
 
     def test_rows_longer_than_k(self):
         for m in EVERY_M:
@@ -291,7 +295,8 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
             k = 1056
             operands = x[:, :k], weight[:, :k], scale[:, : k // 32]
             for max_m in (1000, 0):
-                self.check_close(weight_only_linear(*operands, max_m), *operands)
+                output = weight_only_linear(*operands, max_m)
+                self.check_close(output, *operands, max_m == 0)
 
     def test_nothing_in_nothing_out(self):
         x, weight, scale = self.on_gpu(4, 8, 64)
@@ -325,7 +330,7 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
                 old.copy_(new)
             for _ in range(3):
                 graph.replay()
-            self.check_close(output, *operands)
+            self.check_close(output, *operands, max_m == 0)
 
     def test_more_than_2_to_the_31_codes(self):
         n, k = 65792, 32768

@@ -46,9 +46,9 @@ def weight_only_linear(
 
 def max_m_fused(n: int, k: int) -> int:
     """The M up to which a weight [N, K] is better decoded in the product, on an H100."""
-    if n * k >= 32 << 20:
-        return 384
-    return 256 if n * k >= 16 << 20 else 64
+    if n * k < 16 << 20:
+        return 128
+    return 384 if n * k >= 32 << 20 else 256
 
 
 def _by_slabs(input, weight, scale, decode) -> torch.Tensor:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(32)  # elements along K that share a scale
-MAX_PARTS = 8
+MAX_PARTS = 6
 STREAMS = 16  # that can run split products at a time without a launch to zero counters
 COUNTERS = 4096  # tiles that can be split along K in one launch
 
@@ -274,15 +274,22 @@ class Tiling(NamedTuple):
     weight_left: bool
     warps: int
     stages: int
-    programs: int  # a multiprocessor, up to which K is split
+    programs: float  # a multiprocessor, for which K is split
 
 
 # By the greatest M of each, as measured on an H100 (mxfp8_weight_only_h100.md).
 TILINGS = {
     16: Tiling(16, 32, 128, False, 2, 3, 6),
     32: Tiling(32, 64, 128, True, 4, 3, 3),
-    64: Tiling(64, 64, 128, True, 4, 3, 3),
-    128: Tiling(128, 64, 64, False, 4, 3, 3),
+    64: Tiling(64, 64, 128, True, 4, 3, 2),
+    128: Tiling(128, 64, 64, False, 4, 3, 2.5),
+}
+SMALL = 16 << 20  # weights of fewer codes have tilings of their own
+SMALL_TILINGS = {
+    16: Tiling(16, 32, 256, False, 4, 3, 3),
+    32: Tiling(32, 32, 128, False, 4, 3, 4),
+    64: Tiling(64, 32, 128, False, 4, 3, 3),
+    128: Tiling(64, 64, 128, True, 4, 3, 2),
 }
 
 
@@ -290,12 +297,20 @@ def tiling_and_parts(
     m: int, n: int, k: int, multiprocessors: int
 ) -> Tuple[Tiling, int]:
     """The tiling of a product, and into how many parts its K is split."""
-    tiling = next((TILINGS[limit] for limit in TILINGS if m <= limit), TILINGS[128])
+    tilings = SMALL_TILINGS if n * k < SMALL else TILINGS
+    tiling = next((tilings[limit] for limit in tilings if m <= limit), tilings[128])
     tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
     # The sums of a part go through memory, which a few hundred columns of K must pay.
     least = 512 if 2 * tiles < multiprocessors else 1024
-    room = tiling.programs * multiprocessors // tiles
-    return tiling, max(1, min(room, k // least, MAX_PARTS))
+    most = min(int(1.5 * tiling.programs * multiprocessors / tiles), k // least)
+
+    def fit(parts: int) -> Tuple[float, float]:
+        """How evenly the multiprocessors are loaded, and how near to the best load."""
+        programs = tiles * parts
+        even = programs / triton.cdiv(programs, multiprocessors)
+        return even, -abs(programs / multiprocessors - tiling.programs)
+
+    return tiling, max(range(1, max(1, min(most, MAX_PARTS)) + 1), key=fit)
 
 
 def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
