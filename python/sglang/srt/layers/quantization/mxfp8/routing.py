@@ -22,6 +22,7 @@ from packaging.version import Version
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
 from sglang.srt.utils import (
     get_device_capability,
     get_device_name,
@@ -37,9 +38,6 @@ MIN_FLASHINFER = "0.6.7"
 ANY_M = 2**31 - 1
 # Where 8x4 activation scales are faster, by `_max_m_8x4`.
 MAX_N_8X4, MAX_M_8X4 = 2560, 128
-# Above it, decoding a weight for cuBLAS beats decoding in the product; see
-# benchmark/results/mxfp8_weight_only_h100.md.
-MAX_M_FUSED = 512
 SF_LAYOUTS = ("auto", "8x4", "128x4")
 _WEIGHT_ONLY_NOTE = (
     "No MXFP8 product runs on this device: MXFP8 linear layers multiply 16-bit "
@@ -322,7 +320,7 @@ def _choice(
         backend,
         reason,
         max_m_8x4=_max_m_8x4(options, backend, n, options.tuned.get((n, k))),
-        max_m_fused=MAX_M_FUSED if backend == WEIGHT_ONLY else 0,
+        max_m_fused=max_m_fused(n, k) if backend == WEIGHT_ONLY else 0,
     )
 
 
