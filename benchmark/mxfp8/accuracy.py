@@ -139,7 +139,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of the servers, after --")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so servers end, too
-    print(f"# Accuracy of {Path(args.mxfp8).name}\n\n{GPUS or 'CPU, emulated'}, {datetime.date.today()}\n")
+    print(
+        f"# Accuracy of {Path(args.mxfp8).name}\n\n{GPUS or 'CPU, emulated'}, {datetime.date.today()}\n"
+    )
     print(__doc__.split("\n\n")[1])
     try:
         logprobs = {}

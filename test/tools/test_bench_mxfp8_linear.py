@@ -116,7 +116,9 @@ def test_weight_preparation_is_checked(monkeypatch, broken):
 )
 def test_ours_and_upstreams_linear_reach_the_stubs():
     """bench_mxfp8_host_overhead.py, which replaces FlashInfer's functions."""
-    program = "import bench_mxfp8_host_overhead as host; host.CALLS = 1; host.ROUNDS = 2"
+    program = (
+        "import bench_mxfp8_host_overhead as host; host.CALLS = 1; host.ROUNDS = 2"
+    )
     program += "; print(*host.report(), sep='\\n')"
     done = run(sys.executable, "-c", program, PYTHONPATH=str(FOLDER))
     assert done.returncode == 0, done.stderr

@@ -100,7 +100,6 @@ MODELS = {
 @pytest.fixture(scope="module", autouse=True)
 def server_like():
     from ask_sglang import init_single_process_parallel_state
-
     from sglang.test.mxfp8_utils import fp8_gemm_backend
 
     init_single_process_parallel_state()

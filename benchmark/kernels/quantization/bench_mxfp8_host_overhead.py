@@ -105,7 +105,9 @@ def compare(upstream: ModuleType, backend: str, shape: tuple) -> str:
     ours = timer(our_linear(backend), shape, (N, K // 32))
     theirs = timer(upstream.flashinfer_mxfp8_blockscaled_linear, shape, scale_shape)
     turns = [(ours.timeit(CALLS), theirs.timeit(CALLS)) for _ in range(ROUNDS)]
-    ratio = statistics.median(a for a, _ in turns) / statistics.median(b for _, b in turns)
+    ratio = statistics.median(a for a, _ in turns) / statistics.median(
+        b for _, b in turns
+    )
     tenths = statistics.quantiles([a / b for a, b in turns], n=10)
     spread = f"{tenths[0]:.2f} to {tenths[-1]:.2f}"
     return timing.row(backend, list(shape), f"{ratio:.2f}", spread)
