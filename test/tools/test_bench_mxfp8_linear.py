@@ -83,19 +83,6 @@ def test_the_halves_are_the_linear_and_their_bytes_the_tensors(monkeypatch, name
     assert {work.calls for work in works.values()} == {len(operands)}
 
 
-def test_what_fails_is_named_and_the_others_go_on(monkeypatch):
-    def parts(name, operands):
-        if name == "bad":
-            raise RuntimeError("no such kernel\nand a trace")
-        return {"linear": timing.Work(lambda: None, 1, 1)}
-
-    monkeypatch.setattr(bench, "parts", parts)
-    failed = []
-    [row] = bench.measured(["bad", "good"], 256, 512, 1, failed)
-    assert failed == ["- bad, M=1, N=256, K=512: RuntimeError: no such kernel"]
-    assert row.startswith("| 1 | linear | good |")
-
-
 @pytest.mark.parametrize("broken", [None, "shuffle_rows_", "unswizzle_scale_"])
 def test_weight_preparation_is_checked(monkeypatch, broken):
     monkeypatch.setattr(prep, "temporary_bytes", lambda run: run() or 0)

@@ -22,6 +22,7 @@ from checkpoints import (
 from convert_to_mxfp8 import main
 from safetensors.torch import load_file, save_file
 
+FP8 = torch.float8_e4m3fn
 INDEX = "model.safetensors.index.json"
 ATTENTION = "model.layers.0.self_attn"
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -141,7 +142,7 @@ def test_ignored_linears_are_ones_that_sglang_skips(model, tmp_path):
 
     output = tmp_path / "out"
     ignore = ["model.layers.0.self_attn.[qkv]_proj", "*.down_proj", "*.1.mlp.*"]
-    patterns = [part for pattern in ignore for part in ("--ignore", pattern)]
+    patterns = [f"--ignore={pattern}" for pattern in ignore]
     assert main([str(model), str(output), *patterns]) == 0
     after = read_tensors(output)
     listed = quantization_config(output)["modules_to_not_convert"]
@@ -173,38 +174,34 @@ def assert_refused(capsys, directory: Path, arguments, words) -> None:
     assert sorted(directory.rglob("*")) == before
 
 
-DOWN_OF = lambda *shape: {DOWN: torch.zeros(shape, dtype=torch.bfloat16)}
+def case(*words: str, tensors=None, arguments="", **config) -> tuple:
+    return tensors or {}, config, arguments, words
+
+
+def down(*shape: int) -> dict:
+    return {DOWN: torch.zeros(shape, dtype=torch.bfloat16)}
+
+
 UP = "model.layers.0.mlp.up_proj"
+QUANTIZED = "already quantized"
 
 
 @pytest.mark.parametrize(
     "tensors, config, arguments, words",
     [
-        (DOWN_OF(256, 528), {}, "", [DOWN, "K = 528", "--ignore '*.down_proj'"]),
-        (DOWN_OF(256, 0), {}, "", [DOWN, "[256, 0]", "fetch"]),
-        ({}, {}, "--ignore=*.k_proj", [QKV[1], "q_proj", "qkv_proj"]),
-        ({}, {}, f"--ignore={UP} --format=modelopt", [UP, "gate_proj, up_proj"]),
-        ({}, {}, "--ignore=*.qproj", ["'*.qproj'", "no linear"]),
-        ({}, {}, "--ignore=*", ["no linear is left"]),
-        (
-            {DOWN: torch.zeros(256, 512).to(torch.float8_e4m3fn)},
-            *({}, "", [DOWN, "already quantized"]),
-        ),
-        (
-            {f"{DOWN}_scale_inv": torch.ones(256, 16)},
-            *({}, "", ["weight_scale_inv", "already quantized"]),
-        ),
-        ({DOWN: torch.full((256, 512), torch.nan)}, {}, "", [DOWN, "NaN"]),
-        ({}, {}, "--device=cuda", ["no CUDA device"]),
-        ({}, {}, "--max-shard-size=GB", ["say 500MB or 2GB"]),
-        (
-            *({}, {"architectures": ["NobodysForCausalLM"]}, ""),
-            ["sglang cannot serve", "NobodysForCausalLM"],
-        ),
-        (
-            *({}, {"quantization_config": {"quant_method": "fp8"}}, ""),
-            ["already quantized", "fp8", "original"],
-        ),
+        case("K = 528", "--ignore '*.down_proj'", DOWN, tensors=down(256, 528)),
+        case("[256, 0]", "fetch", DOWN, tensors=down(256, 0)),
+        case(QKV[1], "q_proj", "qkv_proj", arguments="--ignore=*.k_proj"),
+        case(UP, "gate_proj, up_proj", arguments=f"--ignore={UP} --format=modelopt"),
+        case("'*.qproj'", "no linear", arguments="--ignore=*.qproj"),
+        case("no linear is left", arguments="--ignore=*"),
+        case(DOWN, QUANTIZED, tensors={DOWN: torch.zeros(256, 512).to(FP8)}),
+        case(QUANTIZED, tensors={f"{DOWN}_scale_inv": torch.ones(256, 16)}),
+        case(DOWN, "NaN", tensors={DOWN: torch.full((256, 512), torch.nan)}),
+        case("no CUDA device", arguments="--device=cuda"),
+        case("say 500MB or 2GB", arguments="--max-shard-size=GB"),
+        case("sglang cannot serve", "Nobodys", architectures=["NobodysForCausalLM"]),
+        case(QUANTIZED, "fp8", quantization_config={"quant_method": "fp8"}),
     ],
 )
 def test_refusals(tensors, config, arguments, words, source, tmp_path, capsys):
