@@ -22,9 +22,9 @@ def _quietly() -> Iterator[None]:
     """Without what sglang, and gloo on file descriptor 1, tell those who serve."""
     level, stdout = logging.root.manager.disable, os.dup(1)
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     try:
-        with open(os.devnull, "wb") as nowhere:
+        with open(os.devnull, "wb") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             os.dup2(nowhere.fileno(), 1)
             yield
     finally:
