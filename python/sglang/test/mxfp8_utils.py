@@ -25,6 +25,7 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
+from sglang.srt.layers.quantization.mxfp8 import weights
 from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     check_mxfp8_disk_update,
     load_served_model,
@@ -238,6 +239,11 @@ def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
         parameters[name].data.copy_(tensor)
 
 
+def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
+    """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
+
+
 class TinyModelTestCase(CustomTestCase):
     """Models loaded in this process for trtllm, whose kernels are emulated.
 
@@ -262,8 +268,8 @@ class TinyModelTestCase(CustomTestCase):
         """The MXFP8 layers multiply by `tensors`; the model gives them all back as bytes."""
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
-        for weights in mxfp8_weights_of(model):
-            layer, name = weights.layer, weights.name
+        for own in mxfp8_weights_of(model):
+            layer, name = own.layer, own.name
             x = torch.randn(3, layer.input_size).bfloat16()
             reference = reference_linear(
                 x, expected[f"{name}.weight"], expected[f"{name}.weight_scale_inv"]
@@ -326,12 +332,12 @@ def as_reference(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]):
     """Give a transformers model a checkpoint's dequantized tensors, and its MXFP8 linears
     quantized inputs, as the kernels have them; not kv_b_proj, which MLA absorbs."""
     scales = {n.removesuffix("_scale_inv"): n for n in tensors if "_scale_inv" in n}
-    weights = {
+    state = {
         name: dequantize(t, tensors[scales[name]]) if name in scales else t.float()
         for name, t in tensors.items()
         if name not in scales.values()
     }
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict(state, strict=False)
     model.tie_weights()
 
     def quantize_input(_, inputs):
