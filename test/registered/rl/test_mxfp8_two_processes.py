@@ -19,7 +19,7 @@ from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.mxfp8.agreement import run_weight_update
-from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_weights_of
+from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader import loader as loaders
 from sglang.srt.utils import init_custom_process_group
 from sglang.test.ci.ci_register import register_cpu_ci
