@@ -15,6 +15,7 @@ from unittest import mock
 import requests
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
@@ -124,6 +125,7 @@ TINY_LLAMA = dict(
     tie_word_embeddings=True,
     vocab_size=320,
     torch_dtype="bfloat16",
+    initializer_range=0.05,
     bos_token_id=1,
     eos_token_id=2,
     quantization_config=dict(
@@ -137,34 +139,9 @@ TINY_LLAMA = dict(
 
 def tiny_llama_tensors(seed: int = 0, **changes) -> Dict[str, torch.Tensor]:
     """Random MXFP8 checkpoint tensors of a model with config TINY_LLAMA and `changes`."""
-    c, generator = {**TINY_LLAMA, **changes}, torch.Generator().manual_seed(seed)
-    hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    linears = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-
-    def random(*shape):
-        values = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-        return values.bfloat16()
-
-    tensors = {
-        "model.embed_tokens.weight": random(c["vocab_size"], hidden) * 8,
-        "model.norm.weight": torch.ones(hidden).bfloat16(),
-    }
-    for i in range(c["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-        for name, shape in linears.items():
-            values, scale = quantize(random(*shape))
-            tensors[f"model.layers.{i}.{name}.weight"] = values
-            tensors[f"model.layers.{i}.{name}.weight_scale_inv"] = scale
-    return tensors
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return mxfp8_state(LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **changes})))
 
 
 def write_checkpoint(
@@ -323,7 +300,7 @@ def mxfp8_state(model: torch.nn.Module, quantize=quantize) -> Dict[str, torch.Te
     for name, tensor in model.state_dict().items():
         if name in quantized:
             tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
-        else:
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
             tensors[name] = tensor.bfloat16()
     return tensors
 
