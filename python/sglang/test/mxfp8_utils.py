@@ -15,7 +15,7 @@ from unittest import mock
 import requests
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
@@ -144,6 +144,27 @@ def tiny_llama_tensors(seed: int = 0, **changes) -> Dict[str, torch.Tensor]:
         return mxfp8_state(LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **changes})))
 
 
+def deepseek_v3(**changes) -> DeepseekV3Config:
+    """DeepSeek-V3's config, with what sglang needs for it, and `changes`."""
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        moe_layer_freq=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        # A CPU's rotary embedding for MLA takes no other.
+        rope_scaling=dict(
+            type="yarn",
+            factor=4.0,
+            original_max_position_embeddings=512,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+        **{"max_position_embeddings": 2048, **changes},
+    )
+
+
 def write_checkpoint(
     directory: str, tensors: Dict[str, torch.Tensor], **changes
 ) -> str:
@@ -190,23 +211,20 @@ def with_weight_scale(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tenso
     return {n.replace("_scale_inv", "_scale"): t for n, t in tensors.items()}
 
 
+_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
+
 def fused_parameters(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Checkpoint tensors by the names, and in the shapes, of sglang's parameters."""
-    fused = {}
+    parts = {}
     for name, tensor in tensors.items():
-        for parts, whole in ((_QKV, "qkv_proj"), (_GATE_UP, "gate_up_proj")):
-            part = next((p for p in parts if f".{p}." in name), None)
-            if part == parts[0]:
-                raw = [tensors[name.replace(part, p)].view(torch.uint8) for p in parts]
-                fused[name.replace(part, whole)] = torch.cat(raw).view(tensor.dtype)
-            if part is not None:
-                break
-        else:
-            fused[name] = tensor
-    return fused
-
-
-_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+        fused = ".".join(_FUSED.get(module, module) for module in name.split("."))
+        parts.setdefault(fused, []).append(tensor)
+    return {
+        name: torch.cat([t.view(torch.uint8) for t in own]).view(own[0].dtype)
+        for name, own in parts.items()
+    }
 
 
 def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:

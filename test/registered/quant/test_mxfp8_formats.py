@@ -47,10 +47,11 @@ W8A16 = {"targets": ["Linear"], "weights": MXFP8_SCHEME}
 GROUP = {**W8A16, "input_activations": {**MXFP8_SCHEME, "dynamic": True}}
 FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 OWN = TINY_LLAMA["quantization_config"]
+OWN_AS_FP8 = {**OWN, "quant_method": "fp8"}
 AUTO_ROUND = {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 8}
 
 
-def compressed_tensors(*targets, group=GROUP, **changes) -> dict:
+def compressed(*targets, group=GROUP, **changes) -> dict:
     return {
         "quant_method": "compressed-tensors",
         "format": "mxfp8-quantized",
@@ -95,14 +96,14 @@ class TestDescription(CustomTestCase):
         for config, name, ignored in (
             (OWN, "mxfp8", []),
             ({**OWN, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
-            ({**OWN, "quant_method": "fp8"}, "mxfp8", []),
+            (OWN_AS_FP8, "mxfp8", []),
             ({**OWN, "scale_fmt": "UE8M0"}, "mxfp8", []),
             (modelopt(), "modelopt", ["glob:lm_head"]),
             (modelopt(quant_algo="mxfp8"), "modelopt", ["glob:lm_head"]),
             (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
             (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
             (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
-            (compressed_tensors(), "compressed-tensors", ["glob:lm_head"]),
+            (compressed(), "compressed-tensors", ["glob:lm_head"]),
         ):
             with self.subTest(config=config):
                 expected = {
@@ -126,7 +127,7 @@ class TestDescription(CustomTestCase):
         for config in (
             modelopt(kv_cache_scheme=FP8_CACHE),
             flat_modelopt_mxfp8(hf_quant_config(kv_cache_quant_algo="FP8")),
-            compressed_tensors(kv_cache_scheme=FP8_CACHE),
+            compressed(kv_cache_scheme=FP8_CACHE),
         ):
             described = describe_mxfp8(config)
             self.assertEqual(described["kv_cache_quant_algo"], "FP8")
@@ -144,7 +145,7 @@ class TestDescription(CustomTestCase):
             modelopt(**mixed_modelopt("W4A8_AWQ")),
             {"quant_method": "auto-round", "data_type": "int", "bits": 4},
             {"quant_method": "awq"},
-            compressed_tensors(group={"weights": fp8_scheme}),
+            compressed(group={"weights": fp8_scheme}),
         ):
             with self.subTest(config=config):
                 self.assertIsNone(describe_mxfp8(config))
@@ -152,48 +153,25 @@ class TestDescription(CustomTestCase):
             self.assertIsNone(flat_modelopt_mxfp8(hf_quant_config(**changes)))
 
     def test_what_is_not_served_is_refused_by_name(self):
-        groups = compressed_tensors()["config_groups"]
-        other = {"targets": ["re:.*mlp"], "weights": {"num_bits": 8, "type": "int"}}
+        int8 = {"num_bits": 8, "type": "int"}
+        two = {"g": GROUP, "h": {"targets": ["re:.*mlp"], "weights": int8}}
         of_outputs = {**GROUP, "output_activations": MXFP8_SCHEME}
+        mixed = mixed_modelopt("NVFP4", "MXFP8")
         for message, config in (
             (r"AutoRound's MXFP8 .* is not served. .*ModelOpt", AUTO_ROUND),
-            (
-                "ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not served",
-                modelopt(**mixed_modelopt("NVFP4", "MXFP8")),
-            ),
+            ("ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not", modelopt(**mixed)),
             ("group_size 16", modelopt(group_size=16)),
             ("kv_cache_quant_algo 'NVFP4'", modelopt(kv_cache_quant_algo="NVFP4")),
-            (
-                "kv_cache_scheme .*'int'.* is not served",
-                compressed_tensors(kv_cache_scheme={**FP8_CACHE, "type": "int"}),
-            ),
-            (
-                'is MXFP8 only if .*"scale_fmt": "ue8m0"',
-                {"quant_method": "fp8", "weight_block_size": [1, 32]},
-            ),
-            (
-                "with a transform_config is not served",
-                compressed_tensors(transform_config={"config_groups": {"u": {}}}),
-            ),
-            (
-                "with a sparsity_config is not served",
-                compressed_tensors(sparsity_config={"format": "sparse-24-bitmask"}),
-            ),
-            (r"with output_activations \(g\)", compressed_tensors(group=of_outputs)),
-            (
-                "'LlamaAttention' names a class",
-                compressed_tensors("LlamaAttention"),
-            ),
-            (
-                r"compressed-tensors with MXFP8 and other formats \(h\)",
-                compressed_tensors(config_groups={**groups, "h": other}),
-            ),
+            ("kv_cache_scheme .*'int'.* is not", compressed(kv_cache_scheme=int8)),
+            ('is MXFP8 only if .*"scale_fmt"', {**OWN_AS_FP8, "scale_fmt": None}),
+            ("with a transform_config is not", compressed(transform_config={"u": {}})),
+            ("with a sparsity_config is not", compressed(sparsity_config={"u": 1})),
+            (r"with output_activations \(g\)", compressed(group=of_outputs)),
+            ("'LlamaAttention' names a class", compressed("LlamaAttention")),
+            (r"MXFP8 and other formats \(h\)", compressed(config_groups=two)),
+            ("W8A16.*--quantization mxfp8", compressed(group=W8A16)),
             ("activation_scheme 'static'", {**OWN, "activation_scheme": "static"}),
-            (
-                r"weight_block_size \[128, 128\]",
-                {**OWN, "weight_block_size": [128, 128]},
-            ),
-            ("W8A16.*--quantization mxfp8", compressed_tensors(group=W8A16)),
+            (r"weight_block_size \[128", {**OWN, "weight_block_size": [128, 128]}),
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 describe_mxfp8(config)
@@ -211,82 +189,70 @@ class TestLayerNames(CustomTestCase):
             for name in quantized:
                 self.assertTrue(LayerList(ignored).has_layer(name), name)
 
+    def test_globs(self):
+        self.assert_kept(
+            ["glob:model.layers.0.self_attn*", "glob:lm_head", "glob:mtp*"],
+            [
+                "model.layers.0.self_attn.qkv_proj",
+                "language_model.model.layers.0.self_attn.o_proj",
+                "lm_head",
+                "model.mtp.layers.0.down_proj",
+            ],
+            [
+                "model.layers.0.mlp.down_proj",
+                "model.layers.10.self_attn.o_proj",
+                "model.lm_head_norm",
+            ],
+        )
+
     def test_lists(self):
         own = ["model.layers.0.mlp.down_proj.weight", "*.1.self_attn.*", "re:.*o_proj"]
         config = {"quant_method": "mxfp8", "ignored_layers": own}
+        wrapped = [
+            "glob:layers.0.mlp.up_proj.linear",
+            "glob:*.linear",
+        ]  # llm-compressor
         for ignored, kept, quantized in (
             (
-                ["glob:model.layers.0.self_attn*", "glob:lm_head", "glob:mtp*"],
-                [
-                    "model.layers.0.self_attn.qkv_proj",
-                    "language_model.model.layers.0.self_attn.o_proj",
-                    "lm_head",
-                    "model.mtp.layers.0.down_proj",
-                ],
-                [
-                    "model.layers.0.mlp.down_proj",
-                    "model.layers.10.self_attn.o_proj",
-                    "model.lm_head_norm",
-                ],
-            ),
-            (  # what llm-compressor wraps
-                ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.linear"],
-                ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj.linear"],
-                ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
-            ),
-            (  # a module is all its layers
-                ["glob:model.layers.1", "glob:visual"],
-                ["model.layers.1.mlp.gate_up_proj", "visual.blocks.0.mlp.down_proj"],
-                ["model.layers.10.mlp.gate_up_proj", "model.layers.0.o_proj"],
-            ),
-            (  # regular expressions match from the start
-                ["re:.*self_attn.*", r"re:model\.layers\.0\."],
-                ["model.layers.3.self_attn.qkv_proj", "model.layers.0.mlp.down_proj"],
-                ["model.layers.3.mlp.down_proj", "draft.model.layers.0.mlp.down_proj"],
-            ),
-            (["glob:lm_head", "re:.+"], [], [""]),  # a layer without a name
-            (
                 describe_mxfp8(config)["ignored_layers"],
-                [
-                    "model.layers.0.mlp.down_proj",
-                    "model.layers.1.self_attn.qkv_proj",
-                    "model.layers.0.self_attn.o_proj",
-                ],
-                ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"],
+                ["0.mlp.down_proj", "1.self_attn.qkv_proj", "0.self_attn.o_proj"],
+                ["0.self_attn.qkv_proj", "1.mlp.down_proj"],
+            ),
+            (
+                wrapped,
+                ["0.mlp.up_proj", "1.mlp.up_proj.linear"],
+                ["1.mlp.up_proj", "1.mlp.gate_proj"],
+            ),
+            # A module is all its layers.
+            (["glob:model.layers.1"], ["1.mlp.gate_up_proj"], ["10.mlp.gate_up_proj"]),
+            (
+                ["re:.*self_attn.*", r"re:model\.layers\.0\."],
+                ["3.self_attn.qkv_proj", "0.mlp.down_proj"],
+                ["3.mlp.down_proj"],
             ),
         ):
+            kept, quantized = (
+                [f"model.layers.{name}" for name in names]
+                for names in (kept, quantized)
+            )
             self.assert_kept(ignored, kept, quantized)
+        # Regular expressions match from the start; one layer has no name.
+        from_start = "draft.model.layers.0.mlp.down_proj"
+        self.assert_kept([r"re:model\.layers\.0\."], [], [from_start])
+        self.assert_kept(["glob:lm_head", "re:.+"], [], [""])
+        self.assert_kept(["glob:visual"], ["visual.blocks.0.mlp.down_proj"], [])
 
     def test_targets_leave_the_rest(self):
-        mlp = "model.layers.0.mlp"
+        qkv, o = (f"model.layers.0.self_attn.{name}_proj" for name in ("qkv", "o"))
+        mlps = [f"model.layers.{i}.mlp" for i in range(2)]
+        gate_up, other = (f"{mlp}.gate_up_proj" for mlp in mlps)
+        parts = [f"{mlps[0]}.gate_proj", f"{mlps[0]}.up_proj"]
         for targets, ignore, kept, quantized in (
-            (
-                ["re:.*mlp.*", "model.layers.0.self_attn.o_proj"],
-                ["re:.*1.mlp.*"],
-                [
-                    "model.layers.0.self_attn.qkv_proj",
-                    "model.layers.1.mlp.gate_up_proj",
-                ],
-                [f"{mlp}.gate_up_proj", "model.layers.0.self_attn.o_proj"],
-            ),
-            (  # parts of a fused layer
-                [
-                    r"re:.*self_attn\.(q|k|v|o)_proj$",
-                    f"{mlp}.gate_proj",
-                    f"{mlp}.up_proj",
-                ],
-                [],
-                [f"{mlp}.down_proj", "model.layers.1.mlp.gate_up_proj"],
-                ["model.layers.1.self_attn.qkv_proj", f"{mlp}.gate_up_proj"],
-            ),
-            (  # a layer that is fused on disk
-                [r"re:.*qkv_proj$"],
-                [],
-                ["layers.0.mlp.gate_up_proj"],
-                ["layers.0.self_attn.qkv_proj"],
-            ),
+            (["re:.*mlp.*", o], ["re:.*1.mlp.*"], [qkv, other], [gate_up, o]),
+            ([r"re:.*self_attn\.(q|k|v|o)_proj$", *parts], [], [other], [qkv, gate_up]),
+            ([r"re:.*qkv_proj$"], [], [gate_up], [qkv]),  # fused on disk
         ):
-            described = describe_mxfp8(compressed_tensors(*targets, ignore=ignore))
+            described = describe_mxfp8(compressed(*targets, ignore=ignore))
             self.assert_kept(described["ignored_layers"], kept, quantized)
 
     def test_fused_layers(self):
@@ -332,7 +298,7 @@ FORMATS = {
         {},
     ),
     "hf_quant_config.json": (None, {"hf_quant_config.json": hf_quant_config()}),
-    "compressed-tensors": (compressed_tensors(), {}),
+    "compressed-tensors": (compressed(), {}),
 }
 
 
@@ -393,7 +359,7 @@ class TestLoading(FormatTestCase):
         for quantization in (
             {**OWN, "modules_to_not_convert": listed},
             modelopt(ignore=["*.q_proj*", "*k_proj", "*v_proj"]),
-            compressed_tensors(ignore=["re:.*self_attn.[qkv]_proj$"]),
+            compressed(ignore=["re:.*self_attn.[qkv]_proj$"]),
         ):
             with self.subTest(quantization=quantization):
                 model = load_on_cpu(self.write_as(quantization, tensors=tensors))
@@ -466,7 +432,7 @@ class TestFlags(FormatTestCase):
             if name == "compressed-tensors":
                 flags = None, "compressed-tensors", "mxfp8"
             self.assert_becomes("mxfp8", form, *flags)
-        w8a16 = compressed_tensors(group=W8A16)
+        w8a16 = compressed(group=W8A16)
         self.assert_becomes("mxfp8", (w8a16,), "mxfp8")
 
     def test_what_is_refused(self):
@@ -476,7 +442,7 @@ class TestFlags(FormatTestCase):
             ("AutoRound", (AUTO_ROUND,), None),
             ("MIXED_PRECISION of FP8, MXFP8 is", (modelopt(**mixed),), None),
             ("MIXED_PRECISION of FP8, MXFP8", (None, files), None),
-            ("W8A16", (compressed_tensors(group=W8A16),), None),
+            ("W8A16", (compressed(group=W8A16),), None),
             (
                 "does not match",
                 (modelopt(),),

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
@@ -37,6 +37,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     CpuServer,
     as_reference,
+    deepseek_v3,
     fp8_gemm_backend,
     init_single_process_parallel_state,
     mxfp8_config,
@@ -276,38 +277,21 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import (
 AttentionBackendRegistry.register("torch_native", _dispatch_mla_subtype)
 """
 LAYERS = 2
-CONFIG = DeepseekV3Config(
-    architectures=["DeepseekV3ForCausalLM"],
+CONFIG = deepseek_v3(
     vocab_size=512,
     hidden_size=256,
     intermediate_size=512,
-    moe_intermediate_size=256,
     num_hidden_layers=LAYERS,
     first_k_dense_replace=LAYERS,
     num_attention_heads=2,
     num_key_value_heads=2,
-    n_shared_experts=1,
-    n_routed_experts=2,
-    num_experts_per_tok=1,
-    n_group=1,
-    topk_group=1,
     q_lora_rank=256,
     kv_lora_rank=256,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
     v_head_dim=128,
-    max_position_embeddings=2048,
+    num_nextn_predict_layers=0,
     initializer_range=1 / 16,  # so that attention matters
-    # sglang's rotary embedding for MLA on a CPU takes no other.
-    rope_scaling=dict(
-        type="yarn",
-        factor=4.0,
-        original_max_position_embeddings=512,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-    ),
 )
 PROMPT = torch.randint(3, 512, (96,), generator=torch.Generator().manual_seed(7))
 
@@ -322,8 +306,6 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
                 torch.manual_seed(seed)
                 cls.tensors.append(mxfp8_state(DeepseekV3ForCausalLM(CONFIG)))
                 path, config = os.path.join(directory, str(seed)), CONFIG.to_dict()
-                config |= dict(moe_layer_freq=1, topk_method="noaux_tc")
-                config |= dict(scoring_func="sigmoid", num_nextn_predict_layers=0)
                 cls.paths.append(write_checkpoint(path, cls.tensors[seed], **config))
             package = os.path.join(directory, "mla_in_torch_native")
             os.makedirs(package)

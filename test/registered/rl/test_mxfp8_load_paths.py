@@ -337,16 +337,11 @@ class TestOffload(LoadPathTestCase):
                     layer.mxfp8_weights.to_kernel_form()
 
 
-def build(cls, quant_config, device="cpu", **config) -> torch.nn.Module:
-    with loaders.set_default_torch_dtype(torch.bfloat16), torch.device(device):
-        return cls(LlamaConfig(**config), quant_config)
-
-
 class TestPackedExperts(LoadPathTestCase):
     """DeepSeek V1 packs its experts' weights into one buffer, which `fused_moe` reads."""
 
     expert = "model.layers.1.mlp.experts.2.down_proj.weight"
-    config = dict(
+    config = LlamaConfig(
         hidden_size=256,
         intermediate_size=512,
         moe_intermediate_size=128,
@@ -362,12 +357,15 @@ class TestPackedExperts(LoadPathTestCase):
         moe_layer_freq=1,
     )
 
+    def build(self, quant_config, device="cpu") -> torch.nn.Module:
+        with loaders.set_default_torch_dtype(torch.bfloat16), torch.device(device):
+            return DeepseekForCausalLM(self.config, quant_config)
+
     def test_in_mxfp8_they_are_refused_before_a_byte_is_written(self):
         reason = "experts.down_proj .*its weight was put into other memory"
         for serialized, device in itertools.product((True, False), ("cpu", "meta")):
             with self.subTest(serialized=serialized, device=device):
-                quant_config = mxfp8_config(serialized=serialized)
-                model = build(DeepseekForCausalLM, quant_config, device, **self.config)
+                model = self.build(mxfp8_config(serialized=serialized), device)
                 dtype = torch.float8_e4m3fn if serialized else torch.bfloat16
                 weight = torch.ones(256, 128).to(dtype)
                 packed = model.model.layers[1].mlp.w2.view(torch.uint8)
@@ -380,8 +378,7 @@ class TestPackedExperts(LoadPathTestCase):
                     check_parameters(model)
 
     def test_in_bf16_they_load_beside_layers_in_mxfp8(self):
-        quant_config = mxfp8_config(ignored_layers=["experts"])
-        model = build(DeepseekForCausalLM, quant_config, **self.config)
+        model = self.build(mxfp8_config(ignored_layers=["experts"]))
         check_parameters(model)
         names = {w.layer.prefix.rpartition(".")[2] for w in mxfp8_weights_of(model)}
         self.assertEqual(names, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"})
@@ -410,37 +407,16 @@ class TestOneCopy(LoadPathTestCase):
                 held, {"weight": n * k, "weight_scale_inv": rows * groups}, weights.name
             )
 
-    def test_a_model_of_the_shape_of_llama_3_8b(self):
-        """All of it on the meta device, where storages have sizes; a layer in memory."""
-        config = dict(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            rope_theta=5e5,
-        )
-        small = {**config, "num_hidden_layers": 1, "vocab_size": 256}
-        for device, config in (("meta", config), ("cpu", small)):
-            model = build(LlamaForCausalLM, mxfp8_config(), device, **config)
-            layers = mxfp8_weights_of(model)
-            addresses = [p.data_ptr() for p in model.parameters()]
-            for weights in layers:
-                self.assertTrue(weights.backend.is_flashinfer_trtllm())
-                weights.to_kernel_form()
-            self.assertEqual(len(layers), 4 * config["num_hidden_layers"])
-            self.assert_one_copy(model)
-            self.assertEqual(addresses, [p.data_ptr() for p in model.parameters()])
-
     @unittest.skipUnless(REAL_MODEL, "MXFP8_TEST_MODEL names no checkpoint")
     def test_the_real_model(self):
         self.assert_one_copy(load_on_cpu(REAL_MODEL))
 
     def test_the_tiny_model_after_updates(self):
         model = load_on_cpu(self.path_a)
+        addresses = [p.data_ptr() for p in model.parameters()]
         self.assert_updates(model)
         self.assert_one_copy(model)
+        self.assertEqual(addresses, [p.data_ptr() for p in model.parameters()])
 
 
 if __name__ == "__main__":

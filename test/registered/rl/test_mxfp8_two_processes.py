@@ -7,6 +7,7 @@ Kernels are emulated. gloo stands in for NCCL, with fp8 sent as bytes.
 import contextlib
 import datetime
 import os
+import re
 import tempfile
 import unittest
 from collections import defaultdict
@@ -18,7 +19,10 @@ from sglang.srt.connector import BaseConnector
 from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
-from sglang.srt.layers.quantization.mxfp8.agreement import run_weight_update
+from sglang.srt.layers.quantization.mxfp8.agreement import (
+    agree_to_write,
+    run_weight_update,
+)
 from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader import loader as loaders
 from sglang.srt.utils import init_custom_process_group
@@ -75,26 +79,53 @@ def run_rank(rank: int, port: int, directory: str) -> None:
         part = {n: t for n, t in third.items() if "k_proj" in n}
         model.load_weights(part.items())
         assert_computes(model, second | part)
-        assert_refused_everywhere(model, rank, third)
+        assert_agrees(model, rank, third)
         assert_computes(model, second | part)
     torch.distributed.destroy_process_group()
 
 
-def assert_refused_everywhere(model, rank: int, tensors: dict) -> None:
-    """What one rank refuses, or fails to read, neither writes."""
+def assert_agrees(model, rank: int, tensors: dict) -> None:
+    """What one rank refuses, or fails to do, none writes."""
     group = parallel_state.get_tp_group().cpu_group
     bad = {**tensors, DOWN: tensors[DOWN].bfloat16()}
+    partly, written = "may be partially updated", []
 
-    def lost():
-        raise EOFError("lost on rank 1")
+    def fail(message="lost on rank 1"):
+        raise EOFError(message)
 
-    for on_rank_1, reason in (
-        (lambda: model.load_weights(bad.items()), "got torch.bfloat16"),
-        (lost, "lost on rank 1"),
+    def write(*refusals):
+        """Two models in one update, a draft and its target."""
+        for refusal in refusals:
+            agree_to_write(refusal)
+            written.append(refusal)
+        return True, "Success."
+
+    for on_rank_0, on_rank_1, reason, writes in (
+        (lambda: model.load_weights(tensors.items()), fail, "lost on rank 1", 0),
+        (
+            lambda: model.load_weights(tensors.items()),
+            lambda: model.load_weights(bad.items()),
+            "got torch.bfloat16.*Nothing was written",
+            0,
+        ),
+        (
+            lambda: write(None, None),
+            lambda: write(None, ValueError("not on rank 1")),
+            f"not on rank 1.*{partly}",
+            1,
+        ),
+        (
+            lambda: write(None, None),
+            lambda: write(None) and fail("lost between two models"),
+            f"lost between two models.*{partly}",
+            1,
+        ),
     ):
-        update = on_rank_1 if rank else lambda: model.load_weights(tensors.items())
+        written.clear()
+        update = on_rank_1 if rank else on_rank_0
         success, message = run_weight_update(group, update)
-        assert not success and reason in message, message
+        assert not success and re.search(reason, message), message
+        assert written == [None] * writes, written
 
 
 def assert_computes(model: torch.nn.Module, tensors: dict) -> None:
