@@ -295,8 +295,10 @@ class TinyModelTestCase(CustomTestCase):
         config = SimpleNamespace(
             model_path=path, revision=None, quantization="mxfp8", hf_config=None
         )
-        checked = check_mxfp8_disk_update(model, config, path, load_format, **kwargs)
-        return checked or ""
+        refusal = check_mxfp8_disk_update(
+            model, config, get_model_loader, path, load_format, **kwargs
+        )
+        return refusal or ""
 
 
 def model_runner(model: torch.nn.Module, **attributes):

@@ -4,6 +4,7 @@ Kernels are emulated. That experts are in MXFP8, which only SM100 runs, is patch
 nothing here runs them.
 """
 
+import functools
 import json
 import os
 import time
@@ -20,7 +21,6 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.mxfp8 import lifecycle
 from sglang.srt.layers.quantization.mxfp8.agreement import (
     UpdateRefused,
     agree_to_write,
@@ -32,11 +32,12 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
     load_mxfp8_tensors_directly,
 )
+from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
-from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.utils import replace_submodule
@@ -440,9 +441,11 @@ class TestDeepseekV3(TinyModelTestCase):
         set_global_server_args_for_scheduler(args)
         model_config = ModelConfig.from_server_args(args)
         cls.check = UpdateCheck(
-            lifecycle._meta_model_builder(
-                get_model_loader(LoadConfig(), model_config),
+            functools.partial(
+                build_on_meta,
+                _initialize_model,
                 model_config,
+                LoadConfig(),
                 mxfp8_config(weight_block_size=[1, 32]),
             ),
             not_needed=(RadixAttention,),
