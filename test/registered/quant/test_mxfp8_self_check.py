@@ -303,5 +303,65 @@ class TestSelfCheck(CustomTestCase):
         self.assertRegex(result.stdout, r"flashinfer_trtllm .*\n.*129 +128x4")
 
 
+@unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
+class TestWeightOnlyOnAGpu(CustomTestCase):
+    """The layer that a GPU without MXFP8 products serves with, checked and compiled."""
+
+    def layer(self):
+        init_single_process_parallel_state()
+        with fp8_gemm_backend("auto", emulation=False), torch.device("cuda"):
+            layer = ReplicatedLinear(
+                *(4096, 6144),
+                bias=False,
+                params_dtype=torch.bfloat16,
+                quant_config=mxfp8_config(),
+            )
+        _, weight, scale = random_mxfp8(6144, 4096)
+        layer.weight.weight_loader(layer.weight, weight.cuda())
+        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale.cuda())
+        layer.quant_method.process_weights_after_loading(layer)
+        self.assertEqual(layer.mxfp8_weights.backend, WEIGHT_ONLY)
+        return layer
+
+    def test_its_kernels_are_right(self):
+        self_check.check_kernels([self.layer().mxfp8_weights], lambda x: [x])
+
+    def test_planted_faults_stop_the_start(self):
+        linear = fp8_utils.weight_only_linear
+
+        def three_steps_off(*args):
+            output = linear(*args)
+            output.view(torch.int16)[:, 7] += 3
+            return output
+
+        def unwritten_rows(*args):
+            output = linear(*args)
+            output[-8:] = math.nan
+            return output
+
+        for fault in three_steps_off, unwritten_rows, raises:
+            with self.subTest(fault.__name__):
+                with mock.patch.object(fp8_utils, "weight_only_linear", fault):
+                    with self.assertRaisesRegex(
+                        RuntimeError, "weight_only .* is wrong"
+                    ):
+                        self.test_its_kernels_are_right()
+
+    def test_torch_compile_and_graphs_see_an_update(self):
+        layer = self.layer()
+        compiled = torch.compile(lambda x: layer(x)[0], fullgraph=True, dynamic=True)
+        for m in 1, 16, 600:
+            x = torch.randn(m, 4096, device="cuda").bfloat16()
+            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = layer(x)[0]
+            _, weight, scale = random_mxfp8(6144, 4096, seed=m)
+            layer.weight.weight_loader(layer.weight, weight.cuda())
+            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale.cuda())
+            graph.replay()
+            self.assertTrue(torch.equal(output, layer(x)[0]))
+
+
 if __name__ == "__main__":
     unittest.main()
