@@ -351,7 +351,7 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
             x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
             output = weight_only_linear(x, weight, scale, max_m)
             end = slice(n - 40, n)
-            self.check_close(output[:, end], x, weight[end], scale[end])
+            self.check_close(output[:, end], x, weight[end], scale[end], max_m == 0)
 
 
 if __name__ == "__main__":
