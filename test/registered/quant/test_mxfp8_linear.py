@@ -33,6 +33,7 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8.weights import (
+    Form,
     HalfMoved,
     deferred_processing,
     kernel_scale,
@@ -52,7 +53,7 @@ register_cpu_ci(est_time=60, suite="default")
 
 TRTLLM = Mxfp8LinearBackend.FLASHINFER_TRTLLM
 CUTLASS = Mxfp8LinearBackend.FLASHINFER_CUTLASS
-BF16 = Mxfp8LinearBackend.BF16
+WEIGHT_ONLY = Mxfp8LinearBackend.WEIGHT_ONLY
 BACKENDS = ("flashinfer_trtllm", "flashinfer_cutlass")
 
 
@@ -120,7 +121,7 @@ class TestLayerLife(MXFP8TestCase):
 
         x = torch.randn(m, k).bfloat16()
         output, _ = layer(x)
-        on_bf16 = layer.mxfp8_weights.backend.is_bf16()
+        on_bf16 = layer.mxfp8_weights.backend.is_weight_only()
         expected = reference_linear(x, weight, scale, quantize_input=not on_bf16)
         if bias:
             expected = expected.bfloat16() + layer.bias
@@ -357,30 +358,26 @@ class TestForward(MXFP8TestCase):
                 x = torch.randn(m, k).bfloat16()
                 self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
 
-    def test_ops_have_right_fakes(self):
+    def test_the_op_has_a_right_fake(self):
         # Without padding: opcheck copies its inputs, and a copy carries only the view.
         layer, weight, scale = self.loaded(256, 512)
         x = torch.randn(9, 512).bfloat16()
-        a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x, False)
-        ops, rest = torch.ops.sglang, (torch.bfloat16, False, "trtllm")
-        for op, arguments in (
-            (ops.flashinfer_mxfp8_quantize, (x, False)),
-            (ops.flashinfer_mxfp8_quantize, (x, True)),
-            (
-                ops.flashinfer_mm_mxfp8,
-                (a, layer.weight.t(), a_scale, kernel_form(layer), *rest),
-            ),
-            (
-                ops.flashinfer_mxfp8_linear,
-                (
-                    *(x, layer.weight, layer.weight_scale_inv, None),
-                    *(torch.bfloat16, "trtllm", 8),
-                ),
-            ),
-        ):
-            with self.subTest(op.__name__):
-                # test_schema does arithmetic on its inputs, which fp8 has not.
-                torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+        tensors = x, layer.weight, layer.weight_scale_inv, None
+        # test_schema does arithmetic on its inputs, which fp8 has not.
+        torch.library.opcheck(
+            torch.ops.sglang.flashinfer_mxfp8_linear,
+            (*tensors, torch.bfloat16, "trtllm", 8),
+            test_utils="test_faketensor",
+        )
+
+    def test_the_two_halves_have_flashinfers_defaults(self):
+        layer, weight, scale = self.loaded(256, 512, backend="flashinfer_cutlass")
+        x = torch.randn(9, 512).bfloat16()
+        a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x)
+        output = fp8_utils.flashinfer_mm_mxfp8(
+            a, layer.weight.t(), a_scale, kernel_form(layer), out_dtype=torch.bfloat16
+        )
+        self.assertTrue(torch.equal(output, layer(x)[0]))
 
 
 class TestLoading(MXFP8TestCase):
@@ -442,7 +439,7 @@ class TestLoading(MXFP8TestCase):
     def test_a_load_past_the_loaders_is_left_alone(self):
         layer = build(256, 512)
         self.load_model(layer, build(256, 512))
-        self.assertTrue(layer.mxfp8_weights.in_kernel_form)
+        self.assertEqual(layer.mxfp8_weights.form, Form.KERNEL)
 
     def test_raw_bytes_written_while_loading_are_checkpoint_bytes(self):
         """As dummy, sharded-state, remote key-value and NCCL loads do: process, then write."""
@@ -478,7 +475,7 @@ class TestLoading(MXFP8TestCase):
         self.assertRegex(
             text, r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not"
         )
-        self.assertRegex(text, "bf16 .tiny .*smaller than 128")
+        self.assertRegex(text, "weight_only .tiny .*smaller than 128")
         self.assertIn("emulated in torch", text)
 
     def test_a_load_holds_its_own_layers_and_no_others(self):
@@ -488,8 +485,8 @@ class TestLoading(MXFP8TestCase):
             with ThreadPoolExecutor() as pool:
                 for layer in served, loading:
                     pool.submit(process, layer).result()
-        self.assertTrue(served.mxfp8_weights.in_kernel_form)
-        self.assertFalse(loading.mxfp8_weights.in_kernel_form)
+        self.assertEqual(served.mxfp8_weights.form, Form.KERNEL)
+        self.assertNotEqual(loading.mxfp8_weights.form, Form.KERNEL)
 
     def test_a_custom_loader_may_use_threads(self):
         layers = build(256, 512), build(160, 512)
@@ -517,7 +514,7 @@ class TestLoading(MXFP8TestCase):
     def test_a_bf16_layer_multiplies_by_its_update(self):
         layer = build(40, 512)  # too small for any MXFP8 kernel
         model = self.load_model(layer)
-        self.assertEqual(layer.mxfp8_weights.backend, BF16)
+        self.assertEqual(layer.mxfp8_weights.backend, WEIGHT_ONLY)
         for seed in range(2):
             _, weight, scale = random_mxfp8(40, 512, seed)
             model.load_weights(named(0, weight, scale))
@@ -556,11 +553,12 @@ class TestLoading(MXFP8TestCase):
         _, *tensors = random_mxfp8(160, 512)
         for move in moves:
             for name in ("weight", "weight_scale_inv"):
-                for backend in (*BACKENDS, "bf16"):
+                for backend in (*BACKENDS, "weight_only"):
                     with self.subTest(move.__name__, name=name, backend=backend):
-                        n = 40 if backend == "bf16" else 160
+                        n = 40 if backend == "weight_only" else 160
                         layers = [
-                            build(n, 512, backend.replace("bf16", "auto")) for _ in "ab"
+                            build(n, 512, backend.replace("weight_only", "auto"))
+                            for _ in "ab"
                         ]
                         model = torch.nn.Module()
                         model.layers = torch.nn.ModuleList(layers)
@@ -569,7 +567,7 @@ class TestLoading(MXFP8TestCase):
                         with self.assertRaisesRegex(ValueError, message):
                             self.load_model(*layers, model=model)
                         for layer in layers:
-                            self.assertFalse(layer.mxfp8_weights.in_kernel_form)
+                            self.assertNotEqual(layer.mxfp8_weights.form, Form.KERNEL)
                         if move in moves[:4]:
                             with self.assertRaisesRegex(ValueError, message):
                                 load(layers[1], *(t[:n] for t in tensors))

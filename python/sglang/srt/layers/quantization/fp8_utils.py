@@ -12,13 +12,13 @@ _get_triton_mxfp8_downcast, mxfp8_group_quantize, _triton_downcast
     why: MXFP8 must not depend on triton_kernels, which ships inside sgl-kernel
     until: upstream's quantizer has no such dependency
 
-dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear, _run_2d
+dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear, _register_mxfp8_op, _run_2d
     why: MXFP8 dense linears on FlashInfer's trtllm and cutlass GEMMs
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
-flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _register_mxfp8_op, _kernels
-    why: the two halves of the linear, as torch custom ops
+flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _kernels
+    why: the two halves of the linear, on FlashInfer's kernels or their emulation
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
@@ -31,9 +31,10 @@ triton_mxfp8_linear, _linear_scale, _quantized_input
     why: upstream's Triton linear takes no empty batch, no swizzled scale, and is no op
     until: the base is 0.5.10 or later
 
-bf16_mxfp8_linear
-    why: a layer that no MXFP8 kernel takes still has to be served
-    until: a kernel takes every shape
+weight_only_mxfp8_linear
+    why: GPUs without MXFP8 products, and layers that no such kernel takes
+    thread: sgl-project/sglang#28852
+    until: upstream has a weight-only MXFP8 kernel
 """
 
 from __future__ import annotations
@@ -59,10 +60,8 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     flashinfer_version,
     mxfp8_kernels_missing,
 )
-from sglang.srt.layers.quantization.mxfp8.weights import (
-    dequantized_weight,
-    kernel_scale,
-)
+from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
+from sglang.srt.layers.quantization.mxfp8.weights import kernel_scale
 from sglang.srt.utils.common import sglang_lib
 from sglang.srt.utils.custom_op import register_custom_op
 
@@ -139,8 +138,10 @@ def dispatch_w8a8_mxfp8_linear(choice: Mxfp8LinearChoice) -> Callable:
             backend=choice.backend.value.removeprefix("flashinfer_"),
             max_m_8x4=choice.max_m_8x4,
         )
-    linear = bf16_mxfp8_linear if choice.backend.is_bf16() else triton_mxfp8_linear
-    return partial(_run_2d, linear)
+    if choice.backend.is_triton():
+        return partial(_run_2d, triton_mxfp8_linear)
+    settings = (choice.max_m_fused,)
+    return partial(_run_2d, weight_only_mxfp8_linear, settings=settings)
 
 
 def _run_2d(
@@ -243,22 +244,8 @@ def _say_not_tuned() -> None:
     )
 
 
-def _fake_mxfp8_quantize(
-    input: torch.Tensor, use_8x4_sf_layout: bool
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    m, k = input.shape
-    row_tile = 8 if use_8x4_sf_layout else 128
-    return (
-        input.new_empty((m, k), dtype=torch.float8_e4m3fn),
-        input.new_empty(
-            (swizzled_scale_numel(m, k // GROUP_SIZE, row_tile),), dtype=torch.uint8
-        ),
-    )
-
-
-@_register_mxfp8_op(_fake_mxfp8_quantize)
 def flashinfer_mxfp8_quantize(
-    input: torch.Tensor, use_8x4_sf_layout: bool
+    input: torch.Tensor, use_8x4_sf_layout: bool = False
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations to MXFP8 with a swizzled scale.
 
@@ -272,27 +259,14 @@ def flashinfer_mxfp8_quantize(
     return _kernels("cutlass")[0](input.contiguous(), use_8x4_sf_layout)
 
 
-def _fake_mm_mxfp8(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_descale: torch.Tensor,
-    b_descale: torch.Tensor,
-    out_dtype: torch.dtype,
-    use_8x4_sf_layout: bool,
-    backend: str,
-) -> torch.Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-
-
-@_register_mxfp8_op(_fake_mm_mxfp8)
 def flashinfer_mm_mxfp8(
     a: torch.Tensor,
     b: torch.Tensor,
     a_descale: torch.Tensor,
     b_descale: torch.Tensor,
-    out_dtype: torch.dtype,
-    use_8x4_sf_layout: bool,
-    backend: str,
+    out_dtype: torch.dtype = torch.bfloat16,
+    use_8x4_sf_layout: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Multiply two MXFP8 matrices with 1-D swizzled scales.
 
@@ -300,11 +274,12 @@ def flashinfer_mm_mxfp8(
         a: e4m3 [M, K]; a_descale: its scale, 8x4 if `use_8x4_sf_layout`, else 128x4.
         b: e4m3 [K, N], column-major, rows of N shuffled for "trtllm"; b_descale: 128x4.
         out_dtype: bf16, or fp16 with "cutlass".
-        backend: "trtllm" or "cutlass".
+        backend: "trtllm", "cutlass", or "auto", which is cutlass as in FlashInfer.
 
     Returns [M, N] of `out_dtype`. Raises ValueError for shapes, dtypes and lengths that
     the backend refuses. Source: `flashinfer.mm_mxfp8`, 0.6.7.post3.
     """
+    backend = "cutlass" if backend == "auto" else backend
     return _kernels(backend)[1](
         a,
         b,
@@ -334,17 +309,16 @@ def flashinfer_mxfp8_linear(
     m = input.shape[0]
     if m == 0:
         return input.new_empty((0, weight.shape[0]), dtype=out_dtype)
-    quantize, multiply = _kernels(backend)
     use_8x4 = m <= max_m_8x4
     if input_scale is None:
-        input, input_scale = quantize(input.contiguous(), use_8x4)
+        input, input_scale = flashinfer_mxfp8_quantize(input, use_8x4)
     else:
         input, input_scale = _quantized_input(input, input_scale)
         if input_scale.dim() == 2:
             input_scale = swizzle_scale(input_scale, 8 if use_8x4 else 128)
         else:
             use_8x4 = False
-    return multiply(
+    return flashinfer_mm_mxfp8(
         input,
         weight.t(),
         input_scale,
@@ -437,21 +411,16 @@ def triton_mxfp8_linear(
 
 
 @_register_mxfp8_op(_fake_linear)
-def bf16_mxfp8_linear(
+def weight_only_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     input_scale: Optional[torch.Tensor],
     out_dtype: torch.dtype,
+    max_m_fused: int,
 ) -> torch.Tensor:
-    """[M, K] @ [N, K].T with the bf16 copy behind an e4m3 weight; activations stay bf16.
-
-    An op, since torch.compile must not see past the weight's view.
-    """
+    """[M, K] @ [N, K].T, the weight as its checkpoint has it, activations in 16 bits."""
     if input_scale is not None:
         input, scale = _quantized_input(input, input_scale)
-        input = numerics.dequantize(input, _linear_scale(input, scale))
-    output = torch.nn.functional.linear(
-        input.to(torch.bfloat16), dequantized_weight(weight)
-    )
-    return output.to(out_dtype)
+        input = numerics.dequantize(input, _linear_scale(input, scale)).to(out_dtype)
+    return weight_only_linear(input, weight, weight_scale, max_m_fused)

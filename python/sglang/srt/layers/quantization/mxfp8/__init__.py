@@ -8,9 +8,12 @@ weight_only     the same, and in plain torch
 emulation       what FlashInfer's kernels compute, for missing hardware only
 routing         which kernel for which layer
 formats         what a checkpoint's config says
-names           what a model makes of a checkpoint's names
 weights         one layer's weight and scale through its life
+self_check      whether a kernel computes what it should, here and now
 agreement       ranks agree before one of them writes
+headers         what a checkpoint's files say of their tensors
+meta            a model without memory, and what arrives in it
+names           what a model makes of a checkpoint's names
 update_check    whether a model would take an update
 lifecycle       a model's loads and updates
 """
