@@ -1,15 +1,21 @@
-"""What the MXFP8 tests share: parallel state, servers, random checkpoints, references."""
+"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
 
 import contextlib
+import io
 import json
 import os
+import socket
 import sys
+import tempfile
+import time
+from types import SimpleNamespace
 from typing import Dict, List, Optional, TextIO, Tuple
 from unittest import mock
 
 import requests
 import torch
 from safetensors.torch import save_file
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
@@ -20,12 +26,20 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+from sglang.srt.layers.quantization.mxfp8 import weights
+from sglang.srt.layers.quantization.mxfp8.lifecycle import (
+    check_mxfp8_disk_update,
+    load_served_model,
+    mxfp8_checkpoint_form,
+)
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.test_utils import (
     DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+    CustomTestCase,
     popen_launch_server,
 )
 
@@ -65,6 +79,15 @@ def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's bytes: a view, 1-D."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(as_bytes(a), as_bytes(b))
+
+
 def random_mxfp8(
     n: int, k: int, seed: int = 0
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -102,6 +125,7 @@ TINY_LLAMA = dict(
     tie_word_embeddings=True,
     vocab_size=320,
     torch_dtype="bfloat16",
+    initializer_range=0.05,
     bos_token_id=1,
     eos_token_id=2,
     quantization_config=dict(
@@ -115,44 +139,42 @@ TINY_LLAMA = dict(
 
 def tiny_llama_tensors(seed: int = 0, **changes) -> Dict[str, torch.Tensor]:
     """Random MXFP8 checkpoint tensors of a model with config TINY_LLAMA and `changes`."""
-    c, generator = {**TINY_LLAMA, **changes}, torch.Generator().manual_seed(seed)
-    hidden, inner, kv = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    linears = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return mxfp8_state(LlamaForCausalLM(LlamaConfig(**{**TINY_LLAMA, **changes})))
 
-    def random(*shape):
-        values = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-        return values.bfloat16()
 
-    tensors = {
-        "model.embed_tokens.weight": random(c["vocab_size"], hidden) * 8,
-        "model.norm.weight": torch.ones(hidden).bfloat16(),
-    }
-    for i in range(c["num_hidden_layers"]):
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-        for name, shape in linears.items():
-            values, scale = quantize(random(*shape))
-            tensors[f"model.layers.{i}.{name}.weight"] = values
-            tensors[f"model.layers.{i}.{name}.weight_scale_inv"] = scale
-    return tensors
+def deepseek_v3(**changes) -> DeepseekV3Config:
+    """DeepSeek-V3's config, with what sglang needs for it, and `changes`."""
+    return DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        moe_layer_freq=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        # A CPU's rotary embedding for MLA takes no other.
+        rope_scaling=dict(
+            type="yarn",
+            factor=4.0,
+            original_max_position_embeddings=512,
+            beta_fast=32.0,
+            beta_slow=1.0,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+        ),
+        **{"max_position_embeddings": 2048, **changes},
+    )
 
 
 def write_checkpoint(
     directory: str, tensors: Dict[str, torch.Tensor], **changes
 ) -> str:
-    """Write a checkpoint with config TINY_LLAMA and `changes`, without a tokenizer."""
+    """Write a checkpoint with config TINY_LLAMA and `changes` (None takes away), without
+    a tokenizer."""
     os.makedirs(directory, exist_ok=True)
     save_file(tensors, os.path.join(directory, "model.safetensors"))
     with open(os.path.join(directory, "config.json"), "w") as file:
-        json.dump({**TINY_LLAMA, **changes}, file)
+        config = {**TINY_LLAMA, **changes}
+        json.dump({k: v for k, v in config.items() if v is not None}, file)
     return directory
 
 
@@ -179,23 +201,30 @@ def load_on_cpu(
         torch.set_default_dtype(dtype)  # upstream leaves its own when a load fails
 
 
+def without(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Tensor]:
+    """The tensors whose names have none of `parts` in them."""
+    return {n: t for n, t in tensors.items() if not any(p in n for p in parts)}
+
+
+def with_weight_scale(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Scales by the name that ModelOpt and compressed-tensors give them."""
+    return {n.replace("_scale_inv", "_scale"): t for n, t in tensors.items()}
+
+
+_FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+_FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
+
 def fused_parameters(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Checkpoint tensors by the names, and in the shapes, of sglang's parameters."""
-    fused = {}
+    parts = {}
     for name, tensor in tensors.items():
-        for parts, whole in ((_QKV, "qkv_proj"), (_GATE_UP, "gate_up_proj")):
-            part = next((p for p in parts if f".{p}." in name), None)
-            if part == parts[0]:
-                raw = [tensors[name.replace(part, p)].view(torch.uint8) for p in parts]
-                fused[name.replace(part, whole)] = torch.cat(raw).view(tensor.dtype)
-            if part is not None:
-                break
-        else:
-            fused[name] = tensor
-    return fused
-
-
-_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+        fused = ".".join(_FUSED.get(module, module) for module in name.split("."))
+        parts.setdefault(fused, []).append(tensor)
+    return {
+        name: torch.cat([t.view(torch.uint8) for t in own]).view(own[0].dtype)
+        for name, own in parts.items()
+    }
 
 
 def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
@@ -205,10 +234,133 @@ def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
         parameters[name].data.copy_(tensor)
 
 
-# The CPU server's flags: no kernel of sglang's own, and little memory.
+def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
+    """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
+
+
+class TinyModelTestCase(CustomTestCase):
+    """Models loaded in this process for trtllm, whose kernels are emulated.
+
+    `a` and `b` are the tensors of two checkpoints of a tiny Llama, `path_a` and `path_b`
+    their folders.
+    """
+
+    @classmethod
+    def setUpClass(cls):
+        init_single_process_parallel_state()
+        cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
+        cls.directory = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.a, cls.b = tiny_llama_tensors(0), tiny_llama_tensors(1)
+        cls.path_a, cls.path_b = cls.write(cls.a), cls.write(cls.b)
+
+    @classmethod
+    def write(cls, tensors: Dict[str, torch.Tensor], **changes) -> str:
+        """A new folder with these tensors and TINY_LLAMA with `changes`."""
+        return write_checkpoint(tempfile.mkdtemp(dir=cls.directory), tensors, **changes)
+
+    def assert_serves(self, model: torch.nn.Module, tensors: dict) -> None:
+        """The MXFP8 layers multiply by `tensors`; the model gives them all back as bytes."""
+        expected = fused_parameters(tensors)
+        torch.manual_seed(0)
+        for own in mxfp8_weights_of(model):
+            layer, name = own.layer, own.name
+            x = torch.randn(3, layer.input_size).bfloat16()
+            reference = reference_linear(
+                x, expected[f"{name}.weight"], expected[f"{name}.weight_scale_inv"]
+            )
+            torch.testing.assert_close(
+                layer(x)[0], reference.bfloat16(), rtol=0.02, atol=0.05, msg=name
+            )
+        with mxfp8_checkpoint_form(model):
+            held = dict(model.named_parameters())
+            for name, tensor in expected.items():
+                self.assertTrue(same_bytes(held[name].data, tensor), name)
+
+    def assert_updates(self, model: torch.nn.Module) -> None:
+        """Through the model's loaders to checkpoint b, and to a."""
+        for tensors in self.b, self.a:
+            model.load_weights(tensors.items())
+            self.assert_serves(model, tensors)
+
+    @contextlib.contextmanager
+    def refused(self, model: torch.nn.Module, reason: str):
+        """What runs within it is refused, and leaves `model` with checkpoint a."""
+        with self.assertRaisesRegex(ValueError, reason):
+            yield
+        self.assert_serves(model, self.a)
+
+    def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
+        """Why `model` is not updated from `path`; "" if it may be."""
+        config = SimpleNamespace(
+            model_path=path, revision=None, quantization="mxfp8", hf_config=None
+        )
+        refusal = check_mxfp8_disk_update(
+            model, config, get_model_loader, path, load_format, **kwargs
+        )
+        return refusal or ""
+
+
+def model_runner(model: torch.nn.Module, **attributes):
+    """A model runner that has its methods, the model, and nothing else."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    runner = ModelRunner.__new__(ModelRunner)
+    runner.model = model
+    vars(runner).update(tp_rank=0, tp_size=1, gpu_id=0, device="cpu", **attributes)
+    return runner
+
+
+def mxfp8_state(model: torch.nn.Module, quantize=quantize) -> Dict[str, torch.Tensor]:
+    """Checkpoint tensors of a transformers model, all of its linears but the head in
+    MXFP8."""
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    quantized = {f"{name}.weight" for name in linears if name != "lm_head"}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name in quantized:
+            tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensor)
+        elif name != "lm_head.weight" or not model.config.tie_word_embeddings:
+            tensors[name] = tensor.bfloat16()
+    return tensors
+
+
+def as_reference(model: torch.nn.Module, tensors: Dict[str, torch.Tensor]):
+    """Give a transformers model a checkpoint's dequantized tensors, and its MXFP8 linears
+    quantized inputs, as the kernels have them; not kv_b_proj, which MLA absorbs."""
+    scales = {n.removesuffix("_scale_inv"): n for n in tensors if "_scale_inv" in n}
+    state = {
+        name: dequantize(t, tensors[scales[name]]) if name in scales else t.float()
+        for name, t in tensors.items()
+        if name not in scales.values()
+    }
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+
+    def quantize_input(_, inputs):
+        x = inputs[0]
+        values = dequantize(*quantize(x.reshape(-1, x.shape[-1])))
+        return values.view(x.shape).to(x.dtype)
+
+    for name, module in model.named_modules():
+        if f"{name}.weight" in scales and not name.endswith("kv_b_proj"):
+            module.register_forward_pre_hook(quantize_input)
+    return model.eval()
+
+
+@torch.no_grad()
+def reference_logprobs(model: torch.nn.Module, input_ids: List[int]) -> torch.Tensor:
+    """What `prompt_logprobs` should be, by a transformers model."""
+    logits = model(torch.tensor([input_ids])).logits[0, :-1].float()
+    targets = torch.tensor(input_ids[1:]).unsqueeze(1)
+    return logits.log_softmax(-1).gather(1, targets)[:, 0]
+
+
+# The CPU server's flags: no kernel of sglang's own, and little memory and idle work.
 CPU_SERVER_ARGS = [
     *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     *("--disable-overlap-schedule", "--max-total-tokens", "4096"),
+    "--sleep-on-idle",
 ]
 
 
@@ -224,44 +376,91 @@ def launch_cpu_server(
 
     What it prints goes to `log` as well. Raises when it stops before it is healthy.
     """
-    return popen_launch_server(
-        model,
-        base_url,
-        timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
-        other_args=[
-            *CPU_SERVER_ARGS,
-            *("--fp8-gemm-backend", backend),
-            *(other_args or []),
-        ],
-        env={
-            # popen_launch_server starts whatever python3 comes first.
-            "PATH": os.pathsep.join(
-                [os.path.dirname(sys.executable), os.environ["PATH"]]
-            ),
-            "SGLANG_USE_CPU_ENGINE": "1",
-            "SGLANG_MXFP8_EMULATION": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
-            "TRANSFORMERS_OFFLINE": "1",
-            **(env or {}),
-        },
-        return_stdout_stderr=(log, log) if log else None,
-        device="cpu",
-    )
+    sleep = time.sleep
+    # Upstream's own asks for its health every ten seconds.
+    with mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.5))):
+        return popen_launch_server(
+            model,
+            base_url,
+            timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+            other_args=[
+                *CPU_SERVER_ARGS,
+                *("--fp8-gemm-backend", backend),
+                *(other_args or []),
+            ],
+            env={
+                # popen_launch_server starts whatever python3 comes first.
+                "PATH": os.pathsep.join(
+                    [os.path.dirname(sys.executable), os.environ["PATH"]]
+                ),
+                "SGLANG_USE_CPU_ENGINE": "1",
+                "SGLANG_MXFP8_EMULATION": "1",
+                "TORCHDYNAMO_DISABLE": "1",
+                # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
+                "TRANSFORMERS_OFFLINE": "1",
+                **(env or {}),
+            },
+            return_stdout_stderr=(log, log) if log else None,
+            device="cpu",
+        )
+
+
+def post(base_url: str, path: str, **body) -> dict:
+    """A server's answer, as JSON."""
+    return requests.post(f"{base_url}{path}", json=body, timeout=120).json()
 
 
 def prompt_logprobs(base_url: str, input_ids: List[int]) -> torch.Tensor:
     """Log probability of each prompt token but the first, from the server's /generate."""
-    response = requests.post(
-        f"{base_url}/generate",
-        json={
-            "input_ids": input_ids,
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-            "return_logprob": True,
-            "logprob_start_len": 0,
-        },
-        timeout=120,
+    answer = post(
+        base_url,
+        "/generate",
+        input_ids=input_ids,
+        sampling_params={"max_new_tokens": 1, "temperature": 0},
+        return_logprob=True,
+        logprob_start_len=0,
     )
-    response.raise_for_status()
-    tokens = response.json()["meta_info"]["input_token_logprobs"]
+    tokens = answer["meta_info"]["input_token_logprobs"]
     return torch.tensor([token[0] for token in tokens[1:]])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class CpuServer:
+    """A server on the CPU that runs within its context; `log` is what it prints."""
+
+    def __init__(
+        self, model: str, *args: str, backend="flashinfer_trtllm", env=None
+    ) -> None:
+        self.url, self.log = f"http://127.0.0.1:{free_port()}", io.StringIO()
+        self._launch = (model, self.url, backend, list(args), env, self.log)
+        # Without a CUDA device tensors travel by file.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+
+    def __enter__(self) -> "CpuServer":
+        self.process = launch_cpu_server(*self._launch)
+        return self
+
+    def __exit__(self, *_) -> None:
+        kill_process_tree(self.process.pid)
+
+    def post(self, path: str, **body) -> dict:
+        return post(self.url, path, **body)
+
+    def logprobs(self, input_ids: List[int]) -> torch.Tensor:
+        return prompt_logprobs(self.url, input_ids)
+
+    def update_from_disk(self, path: str) -> dict:
+        return self.post("/update_weights_from_disk", model_path=path)
+
+    def update_from_tensor(self, tensors, load_format: Optional[str] = None) -> dict:
+        """`tensors` by name, or what a load format has in their place."""
+        serialized = MultiprocessingSerializer.serialize(tensors, output_str=True)
+        return self.post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[serialized],
+            load_format=load_format,
+        )

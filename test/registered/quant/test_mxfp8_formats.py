@@ -1,14 +1,11 @@
 """MXFP8 checkpoints of every format, from their config to a model that serves them.
 
-Real configs, real upstream loaders, on a CPU, where FlashInfer's kernels are emulated. The
-servers run when MXFP8_TEST_MODEL names the MXFP8 checkpoint of SmolLM2-135M-Instruct.
+Real configs, real upstream loaders, on a CPU, where FlashInfer's kernels are emulated. What
+is refused of a checkpoint's tensors: rl/test_mxfp8_update_check.py.
 """
 
-import contextlib
 import json
-import os
 import re
-import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -17,30 +14,25 @@ import torch
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.quantization import fp8
-from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.mxfp8 import names
 from sglang.srt.layers.quantization.mxfp8.formats import (
     LayerList,
     describe_mxfp8,
     flat_modelopt_mxfp8,
 )
-from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
-from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.names import Mxfp8Plan
-from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     TINY_LLAMA,
-    fp8_gemm_backend,
-    fused_parameters,
-    init_single_process_parallel_state,
+    TinyModelTestCase,
     load_on_cpu,
-    tiny_llama_tensors,
-    write_checkpoint,
+    mxfp8_config,
+    with_weight_scale,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=30, suite="default")
+register_cpu_ci(est_time=20, suite="default")
 
 MXFP8_SCHEME = {
     "num_bits": 8,
@@ -51,20 +43,19 @@ MXFP8_SCHEME = {
     "symmetric": True,
     "dynamic": False,
 }
+W8A16 = {"targets": ["Linear"], "weights": MXFP8_SCHEME}
+GROUP = {**W8A16, "input_activations": {**MXFP8_SCHEME, "dynamic": True}}
 FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
+OWN = TINY_LLAMA["quantization_config"]
+OWN_AS_FP8 = {**OWN, "quant_method": "fp8"}
+AUTO_ROUND = {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 8}
 
 
-def compressed_tensors(*targets, **changes) -> dict:
-    group = {
-        "targets": list(targets or ["Linear"]),
-        "weights": MXFP8_SCHEME,
-        "input_activations": {**MXFP8_SCHEME, "dynamic": True},
-        "output_activations": None,
-    }
+def compressed(*targets, group=GROUP, **changes) -> dict:
     return {
         "quant_method": "compressed-tensors",
         "format": "mxfp8-quantized",
-        "config_groups": {"group_0": group},
+        "config_groups": {"g": {**group, "targets": list(targets or ["Linear"])}},
         "ignore": ["lm_head"],
         "kv_cache_scheme": None,
         **changes,
@@ -72,15 +63,19 @@ def compressed_tensors(*targets, **changes) -> dict:
 
 
 def modelopt(**changes) -> dict:
+    weights = {"num_bits": 8, "group_size": 32, "type": "float"}
     return {
         "quant_method": "modelopt",
         "quant_algo": "MXFP8",
-        "config_groups": {
-            "group_0": {"weights": {"num_bits": 8, "group_size": 32, "type": "float"}}
-        },
+        "config_groups": {"group_0": {"weights": weights}},
         "ignore": ["lm_head"],
         **changes,
     }
+
+
+def mixed_modelopt(*algorithms: str) -> dict:
+    layers = {f"layers.{i}": {"quant_algo": a} for i, a in enumerate(algorithms)}
+    return dict(quant_algo="MIXED_PRECISION", quantized_layers=layers)
 
 
 def hf_quant_config(**changes) -> dict:
@@ -98,72 +93,41 @@ def hf_quant_config(**changes) -> dict:
 
 class TestDescription(CustomTestCase):
     def test_every_format_becomes_one(self):
-        own = TINY_LLAMA["quantization_config"]
         for config, name, ignored in (
-            (own, "mxfp8", []),
-            ({**own, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
+            (OWN, "mxfp8", []),
+            ({**OWN, "modules_to_not_convert": ["lm_head"]}, "mxfp8", ["lm_head"]),
+            (OWN_AS_FP8, "mxfp8", []),
+            ({**OWN, "scale_fmt": "UE8M0"}, "mxfp8", []),
             (modelopt(), "modelopt", ["glob:lm_head"]),
-            (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
-            (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
             (modelopt(quant_algo="mxfp8"), "modelopt", ["glob:lm_head"]),
             (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
-            ({**own, "quant_method": "fp8"}, "mxfp8", []),
-            ({**own, "scale_fmt": "UE8M0"}, "mxfp8", []),
-            (compressed_tensors(), "compressed-tensors", ["glob:lm_head"]),
+            (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
+            (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
+            (compressed(), "compressed-tensors", ["glob:lm_head"]),
         ):
             with self.subTest(config=config):
-                described = describe_mxfp8(config)
-                self.assertEqual(
-                    described,
-                    {
-                        **config,
-                        "quant_method": "mxfp8",
-                        "activation_scheme": "dynamic",
-                        "weight_block_size": [1, 32],
-                        "scale_fmt": "ue8m0",
-                        "mxfp8_format": name,
-                        "ignored_layers": ignored,
-                    },
-                )
-                self.assertEqual(describe_mxfp8(described), described)
+                expected = {
+                    **config,
+                    "quant_method": "mxfp8",
+                    "activation_scheme": "dynamic",
+                    "weight_block_size": [1, 32],
+                    "scale_fmt": "ue8m0",
+                    "mxfp8_format": name,
+                    "ignored_layers": ignored,
+                }
+                self.assertEqual(describe_mxfp8(config), expected)
+                self.assertEqual(describe_mxfp8(expected), expected)
 
     def test_both_lists_of_our_own_form_count(self):
-        described = describe_mxfp8(
-            {
-                "quant_method": "mxfp8",
-                "ignored_layers": ["a", "b"],
-                "modules_to_not_convert": ["b", "c"],
-            }
-        )
+        lists = dict(ignored_layers=["a", "b"], modules_to_not_convert=["b", "c"])
+        described = describe_mxfp8({"quant_method": "mxfp8", **lists})
         self.assertEqual(described["ignored_layers"], ["a", "b", "c"])
-
-    def test_entries_of_our_own_form_mean_what_they_say(self):
-        names = [
-            "model.layers.0.mlp.down_proj.weight",
-            "*.1.self_attn.*",
-            "re:.*o_proj",
-        ]
-        described = describe_mxfp8({"quant_method": "mxfp8", "ignored_layers": names})
-        self.assertEqual(describe_mxfp8(described), described)
-        listed = LayerList(described["ignored_layers"])
-        for name, is_mxfp8 in (
-            ("model.layers.0.mlp.down_proj", False),
-            ("model.layers.1.self_attn.qkv_proj", False),
-            ("model.layers.0.self_attn.o_proj", False),
-            ("model.layers.0.self_attn.qkv_proj", True),
-            ("model.layers.1.mlp.down_proj", True),
-        ):
-            self.assertEqual(listed.has_layer(name), is_mxfp8, name)
-
-    def test_an_hf_quant_config_that_says_nothing(self):
-        with self.assertRaisesRegex(ValueError, 'no "quantization", only producer'):
-            flat_modelopt_mxfp8({"producer": {"name": "modelopt"}})
 
     def test_an_fp8_cache_is_told(self):
         for config in (
             modelopt(kv_cache_scheme=FP8_CACHE),
             flat_modelopt_mxfp8(hf_quant_config(kv_cache_quant_algo="FP8")),
-            compressed_tensors(kv_cache_scheme=FP8_CACHE),
+            compressed(kv_cache_scheme=FP8_CACHE),
         ):
             described = describe_mxfp8(config)
             self.assertEqual(described["kv_cache_quant_algo"], "FP8")
@@ -176,102 +140,54 @@ class TestDescription(CustomTestCase):
             {},
             {"quant_method": "fp8", "activation_scheme": "dynamic"},
             {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            {"quant_method": "modelopt", "quant_algo": "FP8"},
-            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-            modelopt(
-                quant_algo="MIXED_PRECISION",
-                quantized_layers={"a": {"quant_algo": "W4A8_AWQ"}},
-            ),
+            modelopt(quant_algo="FP8"),
+            modelopt(quant_algo="NVFP4"),
+            modelopt(**mixed_modelopt("W4A8_AWQ")),
             {"quant_method": "auto-round", "data_type": "int", "bits": 4},
             {"quant_method": "awq"},
-            compressed_tensors(
-                config_groups={"g": {"targets": ["Linear"], "weights": fp8_scheme}}
-            ),
+            compressed(group={"weights": fp8_scheme}),
         ):
             with self.subTest(config=config):
                 self.assertIsNone(describe_mxfp8(config))
-        for changes in (
-            {"quant_algo": "FP8"},
-            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {}}},
-        ):
+        for changes in {"quant_algo": "FP8"}, mixed_modelopt("FP8"):
             self.assertIsNone(flat_modelopt_mxfp8(hf_quant_config(**changes)))
 
     def test_what_is_not_served_is_refused_by_name(self):
-        groups = compressed_tensors()["config_groups"]
-        fp8_group = {"targets": ["re:.*mlp"], "weights": {"num_bits": 8, "type": "int"}}
-        for config, message in (
-            (
-                {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 8},
-                r"AutoRound's MXFP8 .* is not served. MXFP8 is served from .*ModelOpt",
-            ),
-            (
-                modelopt(
-                    quant_algo="MIXED_PRECISION",
-                    quantized_layers={
-                        "model.layers.0.mlp.experts": {"quant_algo": "NVFP4"},
-                        "model.layers.0.self_attn": {"quant_algo": "MXFP8"},
-                    },
-                ),
-                "ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not served",
-            ),
-            (modelopt(group_size=16), "group_size 16"),
-            (modelopt(kv_cache_quant_algo="NVFP4"), "kv_cache_quant_algo 'NVFP4'"),
-            (
-                compressed_tensors(kv_cache_scheme={**FP8_CACHE, "type": "int"}),
-                "kv_cache_scheme .*'int'.* is not served",
-            ),
-            (
-                {"quant_method": "fp8", "weight_block_size": [1, 32]},
-                'is MXFP8 only if .*"scale_fmt": "ue8m0"',
-            ),
-            (
-                compressed_tensors(transform_config={"config_groups": {"u": {}}}),
-                "with a transform_config is not served",
-            ),
-            (
-                compressed_tensors(sparsity_config={"format": "sparse-24-bitmask"}),
-                "with a sparsity_config is not served",
-            ),
-            (
-                compressed_tensors(
-                    config_groups={
-                        "g": {**groups["group_0"], "output_activations": MXFP8_SCHEME}
-                    }
-                ),
-                r"with output_activations \(g\)",
-            ),
-            (compressed_tensors("LlamaAttention"), "'LlamaAttention' names a class"),
-            (
-                compressed_tensors(config_groups={**groups, "group_1": fp8_group}),
-                r"compressed-tensors with MXFP8 and other formats \(group_1\)",
-            ),
-            (
-                {"quant_method": "mxfp8", "activation_scheme": "static"},
-                "activation_scheme 'static'",
-            ),
-            (
-                {"quant_method": "mxfp8", "weight_block_size": [128, 128]},
-                r"weight_block_size \[128, 128\]",
-            ),
+        int8 = {"num_bits": 8, "type": "int"}
+        two = {"g": GROUP, "h": {"targets": ["re:.*mlp"], "weights": int8}}
+        of_outputs = {**GROUP, "output_activations": MXFP8_SCHEME}
+        mixed = mixed_modelopt("NVFP4", "MXFP8")
+        for message, config in (
+            (r"AutoRound's MXFP8 .* is not served. .*ModelOpt", AUTO_ROUND),
+            ("ModelOpt MIXED_PRECISION of MXFP8, NVFP4 is not", modelopt(**mixed)),
+            ("group_size 16", modelopt(group_size=16)),
+            ("kv_cache_quant_algo 'NVFP4'", modelopt(kv_cache_quant_algo="NVFP4")),
+            ("kv_cache_scheme .*'int'.* is not", compressed(kv_cache_scheme=int8)),
+            ('is MXFP8 only if .*"scale_fmt"', {**OWN_AS_FP8, "scale_fmt": None}),
+            ("with a transform_config is not", compressed(transform_config={"u": {}})),
+            ("with a sparsity_config is not", compressed(sparsity_config={"u": 1})),
+            (r"with output_activations \(g\)", compressed(group=of_outputs)),
+            ("'LlamaAttention' names a class", compressed("LlamaAttention")),
+            (r"MXFP8 and other formats \(h\)", compressed(config_groups=two)),
+            ("W8A16.*--quantization mxfp8", compressed(group=W8A16)),
+            ("activation_scheme 'static'", {**OWN, "activation_scheme": "static"}),
+            (r"weight_block_size \[128", {**OWN, "weight_block_size": [128, 128]}),
         ):
             with self.subTest(message), self.assertRaisesRegex(ValueError, message):
                 describe_mxfp8(config)
-
-    def test_w8a16_is_served_as_w8a8_only_if_the_user_says_so(self):
-        group = {"targets": ["Linear"], "weights": MXFP8_SCHEME}
-        config = compressed_tensors(config_groups={"group_0": group})
-        with self.assertRaisesRegex(ValueError, "W8A16.*--quantization mxfp8"):
-            describe_mxfp8(config)
-        described = describe_mxfp8(config, as_w8a8=True)
-        self.assertEqual(described["mxfp8_format"], "compressed-tensors")
+        with self.assertRaisesRegex(ValueError, 'no "quantization", only producer'):
+            flat_modelopt_mxfp8({"producer": {"name": "modelopt"}})
 
 
 class TestLayerNames(CustomTestCase):
-    def assert_kept(self, ignored, kept, quantized) -> None:
-        for name in kept:
-            self.assertFalse(LayerList(ignored).has_layer(name), name)
-        for name in quantized:
-            self.assertTrue(LayerList(ignored).has_layer(name), name)
+    """Which of sglang's layers a checkpoint's list keeps, and which are in MXFP8."""
+
+    def assert_kept(self, ignored: list, kept: list, quantized: list) -> None:
+        with self.subTest(ignored=ignored):
+            for name in kept:
+                self.assertFalse(LayerList(ignored).has_layer(name), name)
+            for name in quantized:
+                self.assertTrue(LayerList(ignored).has_layer(name), name)
 
     def test_globs(self):
         self.assert_kept(
@@ -289,96 +205,83 @@ class TestLayerNames(CustomTestCase):
             ],
         )
 
-    def test_what_llm_compressor_wraps(self):
-        self.assert_kept(
-            ["glob:model.layers.0.mlp.gate_proj.linear", "glob:*.linear"],
-            ["model.layers.0.mlp.gate_proj", "model.layers.1.mlp.up_proj.linear"],
-            ["model.layers.1.mlp.up_proj", "model.layers.1.mlp.gate_proj"],
-        )
-
-    def test_a_module_is_all_its_layers(self):
-        self.assert_kept(
-            ["glob:model.layers.1", "glob:visual"],
-            ["model.layers.1.mlp.gate_up_proj", "visual.blocks.0.mlp.down_proj"],
-            ["model.layers.10.mlp.gate_up_proj", "model.layers.0.o_proj"],
-        )
-
-    def test_regular_expressions_match_from_the_start(self):
-        self.assert_kept(
-            ["re:.*self_attn.*", r"re:model\.layers\.0\."],
-            ["model.layers.3.self_attn.qkv_proj", "model.layers.0.mlp.down_proj"],
-            ["model.layers.3.mlp.down_proj", "draft.model.layers.0.mlp.down_proj"],
-        )
+    def test_lists(self):
+        own = ["model.layers.0.mlp.down_proj.weight", "*.1.self_attn.*", "re:.*o_proj"]
+        config = {"quant_method": "mxfp8", "ignored_layers": own}
+        wrapped = [
+            "glob:layers.0.mlp.up_proj.linear",
+            "glob:*.linear",
+        ]  # llm-compressor
+        for ignored, kept, quantized in (
+            (
+                describe_mxfp8(config)["ignored_layers"],
+                ["0.mlp.down_proj", "1.self_attn.qkv_proj", "0.self_attn.o_proj"],
+                ["0.self_attn.qkv_proj", "1.mlp.down_proj"],
+            ),
+            (
+                wrapped,
+                ["0.mlp.up_proj", "1.mlp.up_proj.linear"],
+                ["1.mlp.up_proj", "1.mlp.gate_proj"],
+            ),
+            # A module is all its layers.
+            (["glob:model.layers.1"], ["1.mlp.gate_up_proj"], ["10.mlp.gate_up_proj"]),
+            (
+                ["re:.*self_attn.*", r"re:model\.layers\.0\."],
+                ["3.self_attn.qkv_proj", "0.mlp.down_proj"],
+                ["3.mlp.down_proj"],
+            ),
+        ):
+            kept, quantized = (
+                [f"model.layers.{name}" for name in names]
+                for names in (kept, quantized)
+            )
+            self.assert_kept(ignored, kept, quantized)
+        # Regular expressions match from the start; one layer has no name.
+        from_start = "draft.model.layers.0.mlp.down_proj"
+        self.assert_kept([r"re:model\.layers\.0\."], [], [from_start])
+        self.assert_kept(["glob:lm_head", "re:.+"], [], [""])
+        self.assert_kept(["glob:visual"], ["visual.blocks.0.mlp.down_proj"], [])
 
     def test_targets_leave_the_rest(self):
-        described = describe_mxfp8(
-            compressed_tensors(
-                "re:.*mlp.*", "model.layers.0.self_attn.o_proj", ignore=["re:.*1.mlp.*"]
-            )
-        )
-        self.assert_kept(
-            described["ignored_layers"],
-            ["model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj"],
-            ["model.layers.0.mlp.gate_up_proj", "model.layers.0.self_attn.o_proj"],
-        )
+        qkv, o = (f"model.layers.0.self_attn.{name}_proj" for name in ("qkv", "o"))
+        mlps = [f"model.layers.{i}.mlp" for i in range(2)]
+        gate_up, other = (f"{mlp}.gate_up_proj" for mlp in mlps)
+        parts = [f"{mlps[0]}.gate_proj", f"{mlps[0]}.up_proj"]
+        for targets, ignore, kept, quantized in (
+            (["re:.*mlp.*", o], ["re:.*1.mlp.*"], [qkv, other], [gate_up, o]),
+            ([r"re:.*self_attn\.(q|k|v|o)_proj$", *parts], [], [other], [qkv, gate_up]),
+            ([r"re:.*qkv_proj$"], [], [gate_up], [qkv]),  # fused on disk
+        ):
+            described = describe_mxfp8(compressed(*targets, ignore=ignore))
+            self.assert_kept(described["ignored_layers"], kept, quantized)
 
-    def test_targets_that_name_the_parts_of_a_fused_layer(self):
-        described = describe_mxfp8(
-            compressed_tensors(
-                r"re:.*self_attn\.(q|k|v|o)_proj$",
-                "model.layers.0.mlp.gate_proj",
-                "model.layers.0.mlp.up_proj",
-            )
-        )
-        self.assert_kept(
-            described["ignored_layers"],
-            ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.gate_up_proj"],
-            ["model.layers.1.self_attn.qkv_proj", "model.layers.0.mlp.gate_up_proj"],
-        )
-
-    def test_targets_that_name_a_layer_that_is_fused_on_disk(self):
-        described = describe_mxfp8(compressed_tensors(r"re:.*qkv_proj$"))
-        self.assert_kept(
-            described["ignored_layers"],
-            ["layers.0.mlp.gate_up_proj"],
-            ["layers.0.self_attn.qkv_proj"],
-        )
-
-    def test_a_fused_layer_by_its_own_name(self):
-        for kind in ("", "glob:", "re:"):
-            ignored = [f"{kind}model.layers.0.self_attn.qkv_proj"]
-            self.assert_kept(
-                ignored,
-                ["model.layers.0.self_attn.qkv_proj"],
-                ["model.layers.1.self_attn.qkv_proj"],
-            )
-
-    def test_parts_of_a_fused_layer(self):
+    def test_fused_layers(self):
+        """By their own name or by all their parts; a list of some of them is refused."""
         attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-        for fused, parts in (
-            (f"{attention}.qkv_proj", "q_proj k_proj v_proj"),
-            (f"{mlp}.gate_up_proj", "gate_proj up_proj"),
+        for fused, *parts in (
+            (f"{attention}.qkv_proj", "q_proj", "k_proj", "v_proj"),
+            (f"{mlp}.gate_up_proj", "gate_proj", "up_proj"),
             (
                 f"{attention}.fused_qkv_a_proj_with_mqa",
-                "q_a_proj kv_a_proj_with_mqa",
+                *("q_a_proj", "kv_a_proj_with_mqa"),
             ),
             (
                 f"{mlp}.experts",
-                "experts.0.gate_proj experts.0.up_proj experts.0.down_proj",
+                *("experts.0.gate_proj", "experts.0.up_proj", "experts.0.down_proj"),
             ),
-            (f"{mlp}.experts", "experts.0.w1 experts.0.w2 experts.0.w3"),
+            (f"{mlp}.experts", "experts.0.w1", "experts.0.w2", "experts.0.w3"),
         ):
             parent = fused.rpartition(".")[0]
-            names = [f"{parent}.{part}" for part in parts.split()]
+            parts = [f"{parent}.{part}" for part in parts]
             for kind in ("", "glob:", "re:"):
-                ignored = [f"{kind}{name}" for name in names]
-                with self.subTest(fused=fused, kind=kind):
-                    self.assert_kept(ignored, [fused], [fused.replace(".0.", ".2.")])
-                    for part in (ignored[-1], f"re:.*{re.escape(names[-1][-6:])}$"):
-                        with self.assertRaisesRegex(
-                            ValueError, f"{fused} is one layer.*{names[-1]} not: "
-                        ):
-                            LayerList([part]).has_layer(fused)
+                another = fused.replace(".0.", ".2.")
+                self.assert_kept([f"{kind}{fused}"], [fused], [another])
+                self.assert_kept([f"{kind}{p}" for p in parts], [fused], [another])
+                last = parts[-1]
+                for some in f"{kind}{last}", f"re:.*{re.escape(last[-6:])}$":
+                    reason = f"{fused} is one layer.*{last} not: "
+                    with self.subTest(some), self.assertRaisesRegex(ValueError, reason):
+                        LayerList([some]).has_layer(fused)
 
     def test_one_expert_of_many(self):
         experts = "model.layers.3.mlp.experts"
@@ -386,148 +289,94 @@ class TestLayerNames(CustomTestCase):
         with self.assertRaisesRegex(ValueError, f"{experts} is one layer.*, ... in"):
             LayerList([f"glob:{experts}.5.gate_proj"]).has_layer(experts, modules)
 
-    def test_a_layer_without_a_name_is_quantized(self):
-        self.assertTrue(LayerList(["glob:lm_head", "re:.+"]).has_layer(""))
 
-
-def with_format(directory, tensors, quantization=None, files=()) -> str:
-    """A tiny Llama's checkpoint with `weight_scale`, and what declares its format."""
-    renamed = {
-        name.replace("weight_scale_inv", "weight_scale"): tensor
-        for name, tensor in tensors.items()
-    }
-    write_checkpoint(directory, renamed, quantization_config=quantization)
-    if quantization is None:
-        config = Path(directory, "config.json")
-        declared = json.loads(config.read_text())
-        del declared["quantization_config"]
-        config.write_text(json.dumps(declared))
-    for name, content in dict(files).items():
-        Path(directory, name).write_text(json.dumps(content))
-    return directory
-
-
+# What declares a checkpoint's format: `quantization_config` and files beside config.json.
 FORMATS = {
-    "modelopt in config.json": dict(quantization=modelopt()),
-    "modelopt without a method": dict(
-        quantization={k: v for k, v in modelopt().items() if k != "quant_method"}
+    "modelopt": (modelopt(), {}),
+    "modelopt without a method": (
+        {k: v for k, v in modelopt().items() if k != "quant_method"},
+        {},
     ),
-    "modelopt in hf_quant_config.json": dict(
-        files={"hf_quant_config.json": hf_quant_config()}
-    ),
-    "compressed-tensors": dict(quantization=compressed_tensors()),
+    "hf_quant_config.json": (None, {"hf_quant_config.json": hf_quant_config()}),
+    "compressed-tensors": (compressed(), {}),
 }
 
 
-class FormatTestCase(CustomTestCase):
-    @classmethod
-    def setUpClass(cls):
-        init_single_process_parallel_state()
-        cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
-        cls.tensors = [tiny_llama_tensors(seed) for seed in range(2)]
-
-    def setUp(self):
-        self.directory = self.enterContext(tempfile.TemporaryDirectory())
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.directory, name.replace(" ", "-"))
-
-    def assert_holds(self, model, tensors) -> None:
-        with mxfp8_checkpoint_form(model):
-            held = dict(model.named_parameters())
-            for name, tensor in fused_parameters(tensors).items():
-                same = held[name].data.view(torch.uint8), tensor.view(torch.uint8)
-                self.assertTrue(torch.equal(*same), name)
+class FormatTestCase(TinyModelTestCase):
+    def write_as(self, quantization, files=(), tensors=None) -> str:
+        """Checkpoint a, or `tensors`, with `weight_scale` and what declares its format."""
+        tensors = with_weight_scale(self.a if tensors is None else tensors)
+        path = self.write(tensors, quantization_config=quantization)
+        for name, content in dict(files).items():
+            Path(path, name).write_text(json.dumps(content))
+        return path
 
 
 class TestLoading(FormatTestCase):
     def test_every_format_holds_the_same_bytes(self):
         for name, form in FORMATS.items():
             with self.subTest(name):
-                path = with_format(self.path(name), self.tensors[0], **form)
-                model = load_on_cpu(path)
-                self.assert_holds(model, self.tensors[0])
-                self.assertIsInstance(
-                    model.model.layers[0].mlp.down_proj.quant_method, Fp8LinearMethod
-                )
+                model = load_on_cpu(self.write_as(*form))
+                self.assert_serves(model, self.a)
+                down = model.model.layers[0].mlp.down_proj
+                self.assertIsInstance(down.quant_method, Fp8LinearMethod)
 
     def test_updates_take_both_names_whatever_was_loaded(self):
-        own = write_checkpoint(self.path("own"), self.tensors[0])
-        other = with_format(self.path("other"), self.tensors[0], modelopt())
-        for path in own, other:
+        for path in self.path_a, self.write_as(modelopt()):
             model = load_on_cpu(path)
-            for seed, suffix in ((1, "weight_scale"), (0, "weight_scale_inv")):
-                with self.subTest(path=path, suffix=suffix):
-                    model.load_weights(
-                        (name.replace("weight_scale_inv", suffix), tensor)
-                        for name, tensor in self.tensors[seed].items()
-                    )
-                    self.assert_holds(model, self.tensors[seed])
+            model.load_weights(with_weight_scale(self.b).items())
+            self.assert_serves(model, self.b)
+            self.assert_updates(model)
 
     def test_scales_as_float8_e8m0fnu(self):
         tensors = {
             name: t.view(torch.float8_e8m0fnu) if "scale" in name else t
-            for name, t in self.tensors[0].items()
+            for name, t in self.a.items()
         }
-        path = with_format(self.path("e8m0"), tensors, modelopt())
-        self.assert_holds(load_on_cpu(path), self.tensors[0])
+        path = self.write_as(modelopt(), tensors=tensors)
+        self.assert_serves(load_on_cpu(path), self.a)
 
-    def mixed(self, *parts: str) -> dict:
-        """Checkpoint 0 with these layers in bf16 and without scales."""
-        names = tuple(f".{part}.weight_scale_inv" for part in parts)
-        tensors = {n: t for n, t in self.tensors[0].items() if not n.endswith(names)}
-        generator = torch.Generator().manual_seed(5)
-        for name in tensors:
-            if name.endswith(tuple(f".{part}.weight" for part in parts)):
-                values = torch.randn(tensors[name].shape, generator=generator)
-                tensors[name] = (values / 20).bfloat16()
+    def with_bf16(self, *layers: str) -> dict:
+        """Checkpoint a with these layers in bf16 and without scales."""
+        tensors = dict(self.a)
+        for name in self.a:
+            layer, _, last = name.rpartition(".")
+            if layer.endswith(layers):
+                weight = tensors.pop(name)
+                if last == "weight":
+                    tensors[name] = (weight.float() / 448).bfloat16()
         return tensors
+
+    def assert_qkv_is_bf16(self, model, tensors) -> None:
+        self.assert_serves(model, tensors)
+        qkv = model.model.layers[1].self_attn.qkv_proj
+        self.assertEqual(qkv.weight.dtype, torch.bfloat16)
 
     def test_mixed_checkpoints_are_served_mixed(self):
         parts = "q_proj", "k_proj", "v_proj"
-        tensors = self.mixed(*parts)
-        names = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in parts]
-        own = {**TINY_LLAMA["quantization_config"], "modules_to_not_convert": names}
-        for name, form in {
-            "own": dict(quantization=own),
-            "globs": dict(
-                quantization=modelopt(ignore=["*.q_proj*", "*k_proj", "*v_proj"])
-            ),
-            "regular expressions": dict(
-                quantization=compressed_tensors(ignore=["re:.*self_attn.[qkv]_proj$"])
-            ),
-        }.items():
-            with self.subTest(name):
-                model = load_on_cpu(with_format(self.path(name), tensors, **form))
-                attention = model.model.layers[1].self_attn
-                self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
-                self.assertEqual(attention.o_proj.weight.dtype, torch.float8_e4m3fn)
-                self.assert_holds(model, tensors)
+        tensors = self.with_bf16(*parts)
+        listed = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in parts]
+        for quantization in (
+            {**OWN, "modules_to_not_convert": listed},
+            modelopt(ignore=["*.q_proj*", "*k_proj", "*v_proj"]),
+            compressed(ignore=["re:.*self_attn.[qkv]_proj$"]),
+        ):
+            with self.subTest(quantization=quantization):
+                model = load_on_cpu(self.write_as(quantization, tensors=tensors))
+                self.assert_qkv_is_bf16(model, tensors)
 
     def test_where_the_model_cannot_be_asked_layers_go_by_their_prefixes(self):
-        parts = [f"layers.1.self_attn.{part}_proj" for part in "qkv"]
-        config = modelopt(ignore=[f"model.{part}" for part in parts])
-        path = with_format(self.path("asked"), self.mixed(*parts), config)
+        layers = [f"model.layers.1.self_attn.{part}_proj" for part in "qkv"]
+        tensors = self.with_bf16(*layers)
+        path = self.write_as(modelopt(ignore=layers), tensors=tensors)
         with mock.patch.object(names, "ask_model", side_effect=KeyError("x")):
             with self.assertLogs(names.logger, "WARNING"):
-                model = load_on_cpu(path)
-        attention = model.model.layers[1].self_attn
-        self.assertEqual(attention.qkv_proj.weight.dtype, torch.bfloat16)
+                self.assert_qkv_is_bf16(load_on_cpu(path), tensors)
 
     def test_a_model_that_is_built_otherwise_than_asked(self):
         choose = Mxfp8Plan([("model.a", True)]).chooser()
         with self.assertRaisesRegex(ValueError, "model.b is built where model.a was"):
             choose(None, "model.b")
-
-    def test_a_list_with_a_part_of_a_fused_layer_is_refused(self):
-        part = "model.layers.1.self_attn.k_proj"
-        path = with_format(
-            self.path("part"), self.mixed("k_proj"), modelopt(ignore=[part])
-        )
-        with self.assertRaisesRegex(
-            ValueError, rf"layers.1.self_attn.qkv_proj is one layer.*{part} not"
-        ):
-            load_on_cpu(path)
 
     def test_an_fp8_cache_and_its_scales(self):
         scales = {
@@ -535,146 +384,79 @@ class TestLoading(FormatTestCase):
             for i in range(2)
             for part in "kv"
         }
-        path = with_format(
-            self.path("cache"),
-            {**self.tensors[0], **scales},
-            modelopt(kv_cache_scheme=FP8_CACHE),
-        )
+        config = modelopt(kv_cache_scheme=FP8_CACHE)
+        path = self.write_as(config, tensors={**self.a, **scales})
         model = load_on_cpu(path)
         self.assertEqual(model.model.layers[1].self_attn.attn.k_scale.item(), 0.25)
         self.assertEqual(ModelConfig(path).kv_cache_quant_algo, "FP8")
 
-
-class TestRefusals(FormatTestCase):
-    """At start, by the checkpoint's own name of the tensor, before weights are read."""
-
-    scale = "model.layers.1.self_attn.k_proj.weight_scale"
-    weight = "model.layers.1.self_attn.k_proj.weight"
-
-    def assert_refused(self, message, changes, quantization=None) -> None:
-        tensors = {**self.tensors[0], **changes}
-        tensors = {name: t for name, t in tensors.items() if t is not None}
-        # sglang caches a path's config.
-        path = tempfile.mkdtemp(dir=self.directory)
-        with_format(path, tensors, quantization or modelopt())
-        with mock.patch.object(DefaultModelLoader, "_get_weights_iterator") as read:
-            with self.assertRaisesRegex(ValueError, message):
+    def test_what_does_not_fit_is_refused_by_the_checkpoints_names(self):
+        part = "model.layers.1.self_attn.k_proj"
+        scale = f"{part}.weight_scale"
+        short = {f"{scale}_inv": self.a[f"{scale}_inv"][:, :8].contiguous()}
+        for ignore, tensors, reason in (
+            ([], {**self.a, **short}, rf"{scale} .*is \[64, 16\], got \[64, 8\]"),
+            ([part], self.with_bf16(part), rf"qkv_proj is one layer.*{part} not"),
+            (["*.[qkv]_proj"], self.a, r"_proj.weight is torch.float8_e4m3fn, but"),
+        ):
+            path = self.write_as(modelopt(ignore=ignore), tensors=tensors)
+            with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
                 load_on_cpu(path)
-            read.assert_not_called()
-
-    def test_scales(self):
-        good = self.tensors[0][f"{self.scale}_inv"]
-        swizzled = swizzle_scale(good, shuffle=False)
-        for message, scale in {
-            f"lacks the scale of {self.weight}": None,
-            rf"{self.scale} .*is \[64, 16\], got \[2048\]: it looks swizzled": swizzled,
-            rf"{self.scale} .*is \[64, 16\], got \[64, 8\]": good[:, :8].contiguous(),
-            f"{self.scale} holds torch.uint8, got torch.float32": good.float(),
-        }.items():
-            with self.subTest(message):
-                self.assert_refused(message, {f"{self.scale}_inv": scale})
-
-    def test_a_scale_without_its_weight(self):
-        self.assert_refused(
-            "does not fill .*layers.1.self_attn.qkv_proj.weight", {self.weight: None}
-        )
-
-    def test_bf16_where_mxfp8_is_declared(self):
-        weight = self.tensors[0][self.weight].to(torch.bfloat16)
-        self.assert_refused(
-            f"{self.weight} holds torch.float8_e4m3fn, got torch.bfloat16.*list the layer",
-            {self.weight: weight, f"{self.scale}_inv": None},
-        )
-
-    def test_mxfp8_where_bf16_is_declared(self):
-        config = modelopt(ignore=["*.k_proj", "*.q_proj", "*.v_proj"])
-        self.assert_refused(r"_proj.weight is torch.float8_e4m3fn, but", {}, config)
-        embedding = self.tensors[0]["model.embed_tokens.weight"]
-        self.assert_refused(
-            "embed_tokens.weight is torch.float8_e4m3fn, but its layer is not quantized",
-            {
-                "model.embed_tokens.weight": embedding.to(torch.float8_e4m3fn),
-                "model.embed_tokens.weight_scale_inv": torch.ones(1),
-            },
-        )
-
-    def test_configs(self):
-        mixed = {"a": {"quant_algo": "FP8"}, "b": {"quant_algo": "MXFP8"}}
-        changes = dict(quant_algo="MIXED_PRECISION", quantized_layers=mixed)
-        for message, form in {
-            "AutoRound": dict(
-                quantization={
-                    "quant_method": "auto-round",
-                    "data_type": "mx_fp",
-                    "bits": 8,
-                }
-            ),
-            "MIXED_PRECISION of FP8, MXFP8 is": dict(quantization=modelopt(**changes)),
-            "MIXED_PRECISION of FP8, MXFP8": dict(
-                files={"hf_quant_config.json": hf_quant_config(**changes)}
-            ),
-        }.items():
-            path = with_format(tempfile.mkdtemp(dir=self.directory), {}, **form)
-            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
-                ModelConfig(path)
-
-    def test_what_the_model_does_not_take_is_no_reason(self):
-        extra = self.tensors[0][self.weight]
-        tensors = {**self.tensors[0], "model.mtp.fc.weight": extra.clone()}
-        path = with_format(self.path("extra"), tensors, modelopt())
-        index = {"weight_map": {"model.rotary.inv_freq": "model.safetensors"}}
-        names = {name.replace("_inv", ""): "model.safetensors" for name in tensors}
-        index["weight_map"].update(names)
-        Path(path, "model.safetensors.index.json").write_text(json.dumps(index))
-        self.assert_holds(load_on_cpu(path), self.tensors[0])
 
     def test_experts_where_they_cannot_run(self):
-        config = Fp8Config(is_checkpoint_fp8_serialized=True, use_mxfp8=True)
+        layer = "model.layers.3.mlp.experts"
+        reason = f"^{layer}: MXFP8 experts run on SM100"
         for sm100, cutlass in ((False, True), (True, False)):
             backend = mock.Mock(**{"is_cutlass.return_value": cutlass})
-            with contextlib.ExitStack() as stack:
-                patch = lambda *args, **kw: stack.enter_context(
-                    mock.patch.object(fp8, *args, **kw)
-                )
-                patch("is_sm100_supported", return_value=sm100)
-                patch("get_moe_runner_backend", return_value=backend)
-                with self.assertRaisesRegex(
-                    ValueError,
-                    "^model.layers.3.mlp.experts: MXFP8 experts run on SM100",
-                ):
-                    config._require_mxfp8_experts("model.layers.3.mlp.experts")
+            with (
+                mock.patch.object(fp8, "is_sm100_supported", return_value=sm100),
+                mock.patch.object(fp8, "get_moe_runner_backend", return_value=backend),
+                self.assertRaisesRegex(ValueError, reason),
+            ):
+                mxfp8_config()._require_mxfp8_experts(layer)
 
 
 class TestFlags(FormatTestCase):
-    def quantization(self, form: dict, flag) -> str:
-        path = tempfile.mkdtemp(dir=self.directory)
-        with_format(path, self.tensors[0], **form)
-        return ModelConfig(path, quantization=flag).quantization
+    """What --quantization makes of a checkpoint."""
+
+    def assert_becomes(self, expected: str, form: tuple, *flags) -> None:
+        path = self.write_as(*form)
+        for flag in flags:
+            config = ModelConfig(path, quantization=flag)
+            self.assertEqual(config.quantization, expected, (form, flag))
 
     def test_a_flag_may_name_the_format(self):
-        for flag in (None, "modelopt", "modelopt_fp8", "mxfp8"):
-            for name in FORMATS:
-                if name == "compressed-tensors":
-                    continue
-                self.assertEqual(self.quantization(FORMATS[name], flag), "mxfp8")
-        for flag in (None, "compressed-tensors", "mxfp8"):
-            form = FORMATS["compressed-tensors"]
-            self.assertEqual(self.quantization(form, flag), "mxfp8")
+        modelopt_flags = None, "modelopt", "modelopt_fp8", "mxfp8"
+        for name, form in FORMATS.items():
+            flags = modelopt_flags
+            if name == "compressed-tensors":
+                flags = None, "compressed-tensors", "mxfp8"
+            self.assert_becomes("mxfp8", form, *flags)
+        w8a16 = compressed(group=W8A16)
+        self.assert_becomes("mxfp8", (w8a16,), "mxfp8")
 
-    def test_another_flag_is_refused(self):
-        for flag in ("fp8", "awq", "compressed-tensors", "modelopt_fp4"):
-            with self.assertRaisesRegex(ValueError, "does not match"):
-                self.quantization(FORMATS["modelopt in config.json"], flag)
+    def test_what_is_refused(self):
+        mixed = mixed_modelopt("FP8", "MXFP8")
+        files = {"hf_quant_config.json": hf_quant_config(**mixed)}
+        for reason, form, *flags in (
+            ("AutoRound", (AUTO_ROUND,), None),
+            ("MIXED_PRECISION of FP8, MXFP8 is", (modelopt(**mixed),), None),
+            ("MIXED_PRECISION of FP8, MXFP8", (None, files), None),
+            ("W8A16", (compressed(group=W8A16),), None),
+            (
+                "does not match",
+                (modelopt(),),
+                *("fp8", "awq", "compressed-tensors", "modelopt_fp4"),
+            ),
+        ):
+            path = self.write_as(*form)
+            for flag in flags:
+                with self.subTest(reason, flag=flag):
+                    with self.assertRaisesRegex(ValueError, reason):
+                        ModelConfig(path, quantization=flag)
 
-    def test_w8a16_needs_the_flag(self):
-        group = {"targets": ["Linear"], "weights": MXFP8_SCHEME}
-        form = dict(quantization=compressed_tensors(config_groups={"group_0": group}))
-        with self.assertRaisesRegex(ValueError, "W8A16"):
-            self.quantization(form, None)
-        self.assertEqual(self.quantization(form, "mxfp8"), "mxfp8")
-
-    def test_other_formats_with_a_checkpoint_format_stay_as_they_were(self):
-        config = {
+    def test_other_formats_stay_as_they_were(self):
+        gptq = {
             "quant_method": "gptq",
             "checkpoint_format": "gptq",
             "bits": 4,
@@ -682,14 +464,11 @@ class TestFlags(FormatTestCase):
             "desc_act": False,
             "sym": True,
         }
+        files = {"hf_quant_config.json": hf_quant_config(quant_algo="FP8")}
+        self.assert_becomes("modelopt_fp8", (None, files), None)
         for flag in (None, "gptq"):
-            self.assertNotEqual(
-                self.quantization({"quantization": config}, flag), "mxfp8"
-            )
-
-    def test_other_modelopt_checkpoints_stay_as_they_were(self):
-        form = dict(files={"hf_quant_config.json": hf_quant_config(quant_algo="FP8")})
-        self.assertEqual(self.quantization(form, None), "modelopt_fp8")
+            config = ModelConfig(self.write_as(gptq), quantization=flag)
+            self.assertNotEqual(config.quantization, "mxfp8")
 
 
 if __name__ == "__main__":

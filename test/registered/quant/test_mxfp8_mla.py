@@ -12,9 +12,7 @@ MoE, CUDA graphs, DeepGEMM (its switches are set, its kernels are not) or any GP
 import contextlib
 import copy
 import importlib
-import json
 import os
-import shutil
 import sys
 import tempfile
 import types
@@ -22,10 +20,8 @@ import unittest
 from types import SimpleNamespace
 from unittest import mock
 
-import requests
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3ForCausalLM
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
@@ -37,20 +33,23 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_served_model,
 )
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8.weights import Form
-from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    CpuServer,
+    as_reference,
+    deepseek_v3,
     fp8_gemm_backend,
     init_single_process_parallel_state,
-    launch_cpu_server,
     mxfp8_config,
-    prompt_logprobs,
+    mxfp8_state,
     random_mxfp8,
+    reference_logprobs,
+    same_bytes,
+    write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=90, suite="default")
+register_cpu_ci(est_time=50, suite="default")
 
 HEADS, NOPE, V = 2, 96, 64  # N = 320: no multiple of 128, so the scale has padding
 RANK = 256
@@ -86,16 +85,38 @@ def load(attn, seed: int) -> tuple:
     _, weight, scale = random_mxfp8(*layer.weight.shape, seed)
     layer.weight.weight_loader(layer.weight, weight)
     layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
-    factor = torch.exp2(scale.double() - 127).repeat_interleave(32, 1)
-    means = (weight.double() * factor).view(HEADS, -1, RANK)
+    means = dequantize(weight, scale).double().view(HEADS, -1, RANK)
     return means[:, :NOPE], means[:, NOPE:].transpose(1, 2)
 
 
-def bare_model(cls, layer, decoder=None):
-    """An object that has of the model class `cls` what its reader asks for."""
+DEEPSEEK, KIMI = (
+    "deepseek_v2.DeepseekV3ForCausalLM",
+    "kimi_linear.KimiLinearForCausalLM",
+)
+# Where a model's class is; its reader is post_load_weights, or the end of load_weights.
+READERS = (
+    DEEPSEEK,
+    "deepseek_nextn.DeepseekV3ForCausalLMNextN",
+    "longcat_flash.LongcatFlashForCausalLM",
+    "longcat_flash_nextn.LongcatFlashForCausalLMNextN",
+    "bailing_moe_linear.BailingMoeV2_5ForCausalLM",
+    KIMI,
+    "minicpm3.MiniCPM3ForCausalLM",
+)
+
+
+def read(reader: str, attn) -> None:
+    """Run a model's own reader on a model of one such attention layer."""
+    module, _, name = reader.partition(".")
+    # bailing_moe_linear imports an AWQ kernel of vllm's where there is no CUDA.
+    vllm = {"vllm": mock.MagicMock(), "vllm._custom_ops": mock.MagicMock()}
+    with mock.patch.dict(sys.modules, vllm):
+        cls = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
+    own = [attn, attn] if module == "longcat_flash" else attn
+    layer = SimpleNamespace(self_attn=own, attention=attn)
     model = SimpleNamespace(
         model=SimpleNamespace(
-            layers=[layer], decoder=decoder or layer, start_layer=0, end_layer=1
+            layers=[layer], decoder=layer, start_layer=0, end_layer=1
         ),
         config=SimpleNamespace(
             num_hidden_layers=1,
@@ -110,62 +131,13 @@ def bare_model(cls, layer, decoder=None):
     )
     if hasattr(cls, "_weight_requant_ue8m0"):
         model._weight_requant_ue8m0 = types.MethodType(cls._weight_requant_ue8m0, model)
-    return model
-
-
-def model_class(module: str, name: str):
-    # bailing_moe_linear imports an AWQ kernel of vllm's where there is no CUDA.
-    vllm = {"vllm": mock.MagicMock(), "vllm._custom_ops": mock.MagicMock()}
-    with mock.patch.dict(sys.modules, vllm):
-        return getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
-
-
-def read_deepseek(attn):
-    cls = model_class("deepseek_v2", "DeepseekV3ForCausalLM")
-    cls.post_load_weights(bare_model(cls, SimpleNamespace(self_attn=attn)))
-
-
-def read_deepseek_nextn(attn):
-    cls = model_class("deepseek_nextn", "DeepseekV3ForCausalLMNextN")
-    model = bare_model(cls, None, decoder=SimpleNamespace(self_attn=attn))
-    cls.post_load_weights(model, is_nextn=True)
-
-
-def read_longcat(attn):
-    cls = model_class("longcat_flash", "LongcatFlashForCausalLM")
-    cls.post_load_weights(bare_model(cls, SimpleNamespace(self_attn=[attn, attn])))
-
-
-def read_longcat_nextn(attn):
-    cls = model_class("longcat_flash_nextn", "LongcatFlashForCausalLMNextN")
-    cls.post_load_weights(bare_model(cls, SimpleNamespace(self_attn=attn)))
-
-
-def read_bailing(attn):
-    cls = model_class("bailing_moe_linear", "BailingMoeV2_5ForCausalLM")
-    cls.post_load_weights(bare_model(cls, SimpleNamespace(attention=attn)))
-
-
-def read_kimi_linear(attn):
-    cls = model_class("kimi_linear", "KimiLinearForCausalLM")
-    cls.load_weights(bare_model(cls, SimpleNamespace(self_attn=attn)), [])
-
-
-def read_minicpm3(attn):
-    cls = model_class("minicpm3", "MiniCPM3ForCausalLM")
-    kv_b_proj = attn.kv_b_proj
-    cls.load_weights(bare_model(cls, SimpleNamespace(self_attn=attn)), [])
-    attn.kv_b_proj = kv_b_proj  # the model deletes it, and cannot be updated
-
-
-POST_LOAD_READERS = (
-    read_deepseek,
-    read_deepseek_nextn,
-    read_longcat,
-    read_longcat_nextn,
-    read_bailing,
-)
-READERS = (*POST_LOAD_READERS, read_kimi_linear, read_minicpm3)
+    if hasattr(cls, "post_load_weights"):
+        is_nextn = dict(is_nextn=True) if module == "deepseek_nextn" else {}
+        cls.post_load_weights(model, **is_nextn)
+    else:
+        kv_b_proj = attn.kv_b_proj
+        cls.load_weights(model, [])
+        attn.kv_b_proj = kv_b_proj  # minicpm3 deletes it, and cannot be updated
 
 
 class TestReaders(CustomTestCase):
@@ -175,83 +147,79 @@ class TestReaders(CustomTestCase):
 
     def setUp(self):
         # Longcat's readers switch DeepGEMM's scale format off, for the whole process.
-        switch = mock.patch.object(deep_gemm_wrapper, "DEEPGEMM_SCALE_UE8M0", False)
-        switch.start()
-        self.addCleanup(switch.stop)
+        self.enterContext(
+            mock.patch.object(deep_gemm_wrapper, "DEEPGEMM_SCALE_UE8M0", False)
+        )
 
     def assert_read(self, attn, expected):
         for name, tensor in zip(("w_kc", "w_vc"), expected):
-            read = getattr(attn, name)
-            self.assertEqual(read.dtype, torch.bfloat16, name)
+            held = getattr(attn, name)
+            self.assertEqual(held.dtype, torch.bfloat16, name)
             # Exact: an e4m3 value times a power of two is a bf16 value.
-            self.assertTrue(torch.equal(read.double(), tensor), name)
+            self.assertTrue(torch.equal(held.double(), tensor), name)
         self.assertEqual(attn.w_scale, 1.0)
 
     def test_at_load_in_kernel_form_and_after_reloads(self):
-        for read in READERS:
-            with self.subTest(read.__name__):
+        for reader in READERS:
+            with self.subTest(reader):
                 attn = attention()
                 weights = attn.kv_b_proj.mxfp8_weights
                 expected = load(attn, seed=0)
-                read(attn)
+                read(reader, attn)
                 self.assert_read(attn, expected)
-
+                addresses = attn.w_kc.data_ptr(), attn.w_vc.data_ptr()
                 weights.to_kernel_form()
-                kernel_bytes = attn.kv_b_proj.weight.view(torch.uint8).clone()
-                read(attn)
+                kernel_bytes = attn.kv_b_proj.weight.clone()
+                read(reader, attn)
                 self.assert_read(attn, expected)
-                self.assertEqual(weights.form, Form.KERNEL)
-                self.assertTrue(
-                    torch.equal(attn.kv_b_proj.weight.view(torch.uint8), kernel_bytes)
-                )
-
+                self.assertTrue(same_bytes(attn.kv_b_proj.weight, kernel_bytes))
                 for seed in (1, 2):
                     expected = load(attn, seed)
-                    read(attn)
+                    read(reader, attn)
                     self.assert_read(attn, expected)
                     weights.to_kernel_form()
+                if reader not in READERS[-2:]:  # these two make new tensors
+                    held = attn.w_kc.data_ptr(), attn.w_vc.data_ptr()
+                    self.assertEqual(held, addresses)
 
-    def test_a_reload_keeps_addresses(self):
-        for read in POST_LOAD_READERS:
-            with self.subTest(read.__name__):
+    def test_where_deep_gemm_wants_e8m0_scales(self):
+        """As on SM100, where readers unpack or requantize block-FP8 scales."""
+        switches = dict(ENABLE_JIT_DEEPGEMM=True, DEEPGEMM_SCALE_UE8M0=True)
+        for reader in READERS:
+            with self.subTest(reader):
                 attn = attention()
-                load(attn, seed=0)
-                read(attn)
-                addresses = attn.w_kc.data_ptr(), attn.w_vc.data_ptr()
-                attn.kv_b_proj.mxfp8_weights.to_kernel_form()
-                load(attn, seed=1)
-                read(attn)
-                self.assertEqual(
-                    addresses, (attn.w_kc.data_ptr(), attn.w_vc.data_ptr())
-                )
+                expected = load(attn, seed=0)
+                with mock.patch.multiple(deep_gemm_wrapper, **switches):
+                    read(reader, attn)
+                self.assert_read(attn, expected)
+
+    def served(self, attn, reader: str):
+        """A model of kv_b_proj alone, whose reader is its own, a child's, or Kimi's, which
+        has no post_load_weights."""
+        model = torch.nn.Module()
+        model.kv_b_proj = attn.kv_b_proj
+        model.language_model = torch.nn.Module()
+        owner = model.language_model if reader == "child's" else model
+        model.load_weights = lambda _: None
+        if reader == "load_weights":
+            model.load_weights = lambda _: read(KIMI, attn)
+        else:
+            owner.post_load_weights = lambda: read(DEEPSEEK, attn)
+        loader = mock.Mock(load_config=LoadConfig())
+        loader.load_model.return_value = model
+        config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Tiny"]))
+        # No model class, so no copy of it to check updates with.
+        with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
+            return load_served_model(loader, config, None)
 
     def test_raw_writes_remake_what_was_read(self):
-        """By direct and custom loaders. A multimodal model's reader is its child's;
-        kimi_linear has no post_load_weights."""
         for reader in "own", "child's", "load_weights":
             with self.subTest(reader):
                 attn = attention()
                 load(attn, seed=0)
-                model = torch.nn.Module()
-                model.kv_b_proj = attn.kv_b_proj
-                model.language_model = torch.nn.Module()
-                owner = model.language_model if reader == "child's" else model
-                owner.post_load_weights = lambda: read_deepseek(attn)
-                model.load_weights = lambda _: None
-                if reader == "load_weights":
-                    del owner.post_load_weights
-                    model.load_weights = lambda _: read_kimi_linear(attn)
-                loader = mock.Mock(load_config=LoadConfig())
-                loader.load_model.return_value = model
-                hf_config = SimpleNamespace(architectures=["Tiny"])
-                # No model class, so no copy of it to check updates with.
-                with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-                    load_served_model(
-                        loader, SimpleNamespace(hf_config=hf_config), None
-                    )
+                model = self.served(attn, reader)
                 _, weight, scale = random_mxfp8(*attn.kv_b_proj.weight.shape, seed=1)
                 sent = {"weight": weight, "weight_scale_inv": scale}
-
                 load_mxfp8_tensors_directly(
                     model, [(f"kv_b_proj.{name}", t) for name, t in sent.items()]
                 )
@@ -265,20 +233,18 @@ class TestReaders(CustomTestCase):
                 sent["weight_scale_inv"] = scale + 1
                 as_mxfp8_raw_loader(custom_loader)(model, list(sent.items()))
                 self.assert_read(attn, [2 * means for means in expected])
-                self.assertEqual(attn.kv_b_proj.mxfp8_weights.form, Form.KERNEL)
 
     def test_an_update_of_the_scale_alone(self):
         attn = attention()
         w_kc, w_vc = load(attn, seed=0)
-        read_deepseek(attn)
-        weights, layer = attn.kv_b_proj.mxfp8_weights, attn.kv_b_proj
+        layer = attn.kv_b_proj
         scale = layer.weight_scale_inv + 1
-        weights.to_kernel_form()
+        layer.mxfp8_weights.to_kernel_form()
         layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
-        read_deepseek(attn)
+        read(DEEPSEEK, attn)
         self.assert_read(attn, (2 * w_kc, 2 * w_vc))
 
-    def test_every_backend(self):
+    def test_every_backend_multiplies_with_what_was_read(self):
         for backend, v in (
             ("flashinfer_trtllm", V),
             ("flashinfer_cutlass", V),
@@ -290,35 +256,15 @@ class TestReaders(CustomTestCase):
                 self.assertEqual(weights.backend.is_weight_only(), v == 40)
                 expected = load(attn, seed=0)
                 weights.to_kernel_form()
-                read_deepseek(attn)
+                read(DEEPSEEK, attn)
                 self.assert_read(attn, expected)
-
-    def test_where_deep_gemm_wants_e8m0_scales(self):
-        """As on SM100, where readers unpack or requantize block-FP8 scales."""
-        for read in READERS:
-            with self.subTest(read.__name__):
-                attn = attention()
-                expected = load(attn, seed=0)
-                with mock.patch.multiple(
-                    deep_gemm_wrapper,
-                    ENABLE_JIT_DEEPGEMM=True,
-                    DEEPGEMM_SCALE_UE8M0=True,
-                ):
-                    read(attn)
-                self.assert_read(attn, expected)
-
-    def test_kv_b_proj_multiplies_with_what_was_read(self):
-        attn = attention()
-        load(attn, seed=0)
-        read_deepseek(attn)
-        attn.kv_b_proj.mxfp8_weights.to_kernel_form()
-        x = torch.randn(5, RANK).bfloat16()
-        x_read = dequantize(*quantize(x)).double()
-        output = attn.kv_b_proj(x)[0].double().view(5, HEADS, NOPE + V)
-        keys = torch.einsum("tk,hdk->thd", x_read, attn.w_kc.double())
-        values = torch.einsum("tk,hkv->thv", x_read, attn.w_vc.double())
-        expected = torch.cat([keys, values], dim=-1)
-        torch.testing.assert_close(output, expected, rtol=0.02, atol=0.05)
+                x = torch.randn(5, RANK).bfloat16()
+                output = attn.kv_b_proj(x)[0].double().view(5, HEADS, NOPE + v)
+                x = x if v == 40 else dequantize(*quantize(x))
+                keys = torch.einsum("tk,hdk->thd", x.double(), attn.w_kc.double())
+                values = torch.einsum("tk,hkv->thv", x.double(), attn.w_vc.double())
+                whole = torch.cat([keys, values], dim=-1)
+                torch.testing.assert_close(output, whole, rtol=0.02, atol=0.05)
 
 
 # Makes MLA on torch_native absorb kv_b_proj in prefill too; see the module's docstring.
@@ -331,150 +277,67 @@ from sglang.srt.models.deepseek_common.attention_backend_handler import (
 AttentionBackendRegistry.register("torch_native", _dispatch_mla_subtype)
 """
 LAYERS = 2
-CONFIG = dict(
+CONFIG = deepseek_v3(
     vocab_size=512,
     hidden_size=256,
     intermediate_size=512,
-    moe_intermediate_size=256,
     num_hidden_layers=LAYERS,
     first_k_dense_replace=LAYERS,
     num_attention_heads=2,
     num_key_value_heads=2,
-    n_shared_experts=1,
-    n_routed_experts=2,
-    num_experts_per_tok=1,
-    n_group=1,
-    topk_group=1,
     q_lora_rank=256,
     kv_lora_rank=256,
     qk_nope_head_dim=128,
     qk_rope_head_dim=64,
     v_head_dim=128,
-    max_position_embeddings=2048,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-    # sglang's rotary embedding for MLA on a CPU takes no other.
-    rope_scaling=dict(
-        type="yarn",
-        factor=4.0,
-        original_max_position_embeddings=512,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-    ),
+    num_nextn_predict_layers=0,
+    initializer_range=1 / 16,  # so that attention matters
 )
 PROMPT = torch.randint(3, 512, (96,), generator=torch.Generator().manual_seed(7))
 
 
-class QuantizedInputLinear(torch.nn.Linear):
-    """A linear layer whose input goes through MXFP8, as the kernels' does."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_2d = dequantize(*quantize(x.reshape(-1, x.shape[-1])))
-        return super().forward(x_2d.view(x.shape).to(x.dtype))
-
-
-def make_checkpoint(path: str, seed: int) -> DeepseekV3ForCausalLM:
-    """Save a random MXFP8 checkpoint; the same model in transformers, in fp32.
-
-    Of its linears, kv_b_proj alone has inputs that stay unquantized, as absorbed MLA
-    has it.
-    """
-    config = DeepseekV3Config(**CONFIG)
-    torch.manual_seed(seed)
-    model = DeepseekV3ForCausalLM(config).float().eval()
-    tensors = {}
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(name, recurse=False):
-            if not isinstance(module, torch.nn.Linear):
-                tensors[key] = parameter.data.bfloat16()
-                parameter.data = tensors[key].float()
-                continue
-            # Larger than the initial weights, so that attention matters.
-            parameter.data = torch.randn_like(parameter) * parameter.shape[1] ** -0.5
-            if name == "lm_head":
-                tensors[key] = parameter.data.bfloat16()
-                parameter.data = tensors[key].float()
-                continue
-            tensors[key], tensors[f"{key}_scale_inv"] = quantize(parameter.data)
-            parameter.data = dequantize(tensors[key], tensors[f"{key}_scale_inv"])
-            if not name.endswith("kv_b_proj"):
-                module.__class__ = QuantizedInputLinear
-    os.makedirs(path, exist_ok=True)
-    save_file(tensors, os.path.join(path, "model.safetensors"))
-    written = {
-        **config.to_dict(),
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "torch_dtype": "bfloat16",
-        "moe_layer_freq": 1,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "num_nextn_predict_layers": 0,
-        "quantization_config": {
-            "quant_method": "mxfp8",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [1, 32],
-        },
-    }
-    with open(os.path.join(path, "config.json"), "w") as file:
-        json.dump(written, file)
-    return model
-
-
-@torch.no_grad()
-def expected_logprobs(model: DeepseekV3ForCausalLM, input_ids: list) -> torch.Tensor:
-    logits = model(torch.tensor([input_ids])).logits[0, :-1].float()
-    targets = torch.tensor(input_ids[1:]).unsqueeze(1)
-    return logits.log_softmax(-1).gather(1, targets)[:, 0]
-
-
 class TestDeepseekV3ServerCpu(CustomTestCase):
-    base_url = "http://127.0.0.1:31879"
-
     @classmethod
     def setUpClass(cls):
-        # Tensors reach a server over HTTP by name, not by file descriptor.
-        torch.multiprocessing.set_sharing_strategy("file_system")
+        cls.tensors, cls.paths = [], []
         with contextlib.ExitStack() as stack:
-            cls.directory = tempfile.mkdtemp()
-            stack.callback(shutil.rmtree, cls.directory)
-            cls.paths = [os.path.join(cls.directory, f"model{i}") for i in range(2)]
-            cls.models = [make_checkpoint(path, i) for i, path in enumerate(cls.paths)]
-            package = os.path.join(cls.directory, "mla_in_torch_native")
+            directory = stack.enter_context(tempfile.TemporaryDirectory())
+            for seed in range(2):
+                torch.manual_seed(seed)
+                cls.tensors.append(mxfp8_state(DeepseekV3ForCausalLM(CONFIG)))
+                path, config = os.path.join(directory, str(seed)), CONFIG.to_dict()
+                cls.paths.append(write_checkpoint(path, cls.tensors[seed], **config))
+            package = os.path.join(directory, "mla_in_torch_native")
             os.makedirs(package)
             for name, text in ("__init__", ""), ("handler", ABSORBED_PREFILL):
                 with open(os.path.join(package, f"{name}.py"), "w") as file:
                     file.write(text)
-            process = launch_cpu_server(
-                cls.paths[0],
-                cls.base_url,
-                "flashinfer_trtllm",
-                ["--skip-tokenizer-init"],
-                env={
-                    "SGLANG_EXTERNAL_MODEL_PACKAGE": os.path.basename(package),
-                    "PYTHONPATH": os.pathsep.join(
-                        [os.environ.get("PYTHONPATH", ""), cls.directory]
-                    ),
-                },
-            )
-            stack.callback(kill_process_tree, process.pid)
-            cls.at_start = prompt_logprobs(cls.base_url, PROMPT.tolist())
+            search = os.pathsep.join([os.environ.get("PYTHONPATH", ""), directory])
+            env = {
+                "SGLANG_EXTERNAL_MODEL_PACKAGE": os.path.basename(package),
+                "PYTHONPATH": search,
+            }
+            server = CpuServer(cls.paths[0], "--skip-tokenizer-init", env=env)
+            cls.server = stack.enter_context(server)
+            cls.at_start = server.logprobs(PROMPT.tolist())
             cls.addClassCleanup(stack.pop_all().close)
 
-    def update(self, path: str) -> None:
-        response = requests.post(
-            f"{self.base_url}/update_weights_from_disk",
-            json={"model_path": path, "flush_cache": True},
-            timeout=120,
-        )
-        self.assertTrue(response.json()["success"], response.text)
+    def tearDown(self):
+        """Back to checkpoint 0, bit for bit."""
+        self.assert_succeeds(self.server.update_from_disk(self.paths[0]))
+        served = self.server.logprobs(PROMPT.tolist())
+        self.assertTrue(torch.equal(served, self.at_start))
 
-    def assert_logprobs(self, served: torch.Tensor, model, input_ids: list) -> None:
-        """`served`, of the last tokens, is no further from fp32 than bf16 moves it."""
-        expected = expected_logprobs(model, input_ids)
-        in_bf16 = expected_logprobs(copy.deepcopy(model).bfloat16(), input_ids)
+    def assert_succeeds(self, result: dict) -> None:
+        self.assertTrue(result["success"], result["message"])
+
+    def assert_agrees(self, tensors: dict, served=None, ids=PROMPT.tolist()) -> None:
+        """`served`, of the last ids, is no further from fp32 than bf16 moves it."""
+        if served is None:
+            served = self.server.logprobs(ids)
+        model = as_reference(DeepseekV3ForCausalLM(CONFIG), tensors)
+        expected = reference_logprobs(model, ids)
+        in_bf16 = reference_logprobs(copy.deepcopy(model).bfloat16(), ids)
         bf16_error = (in_bf16 - expected).abs().mean()
         error = (served - expected[-len(served) :]).abs().mean()
         print(
@@ -483,91 +346,38 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
         )
         self.assertLess(error, 1.5 * bf16_error)
 
-    def test_it_agrees_with_transformers_at_start_and_after_updates(self):
-        prompt = PROMPT.tolist()
-        self.assert_logprobs(self.at_start, self.models[0], prompt)
-        self.update(self.paths[1])
-        updated = prompt_logprobs(self.base_url, prompt)
-        self.assert_logprobs(updated, self.models[1], prompt)
-        self.update(self.paths[0])
-        back = prompt_logprobs(self.base_url, prompt)
-        self.assertTrue(torch.equal(back, self.at_start))
+    def test_at_start_and_after_an_update(self):
+        self.assert_agrees(self.tensors[0], self.at_start)
+        self.assert_succeeds(self.server.update_from_disk(self.paths[1]))
+        self.assert_agrees(self.tensors[1])
 
-    def test_an_update_of_one_kv_b_proj(self):
-        self.update(self.paths[0])
-        name = "model.layers.1.self_attn.kv_b_proj"
-        tensors = load_file(os.path.join(self.paths[1], "model.safetensors"))
-        sent = [(key, tensors[key]) for key in tensors if key.startswith(name)]
-        self.assertEqual(len(sent), 2)
-        response = requests.post(
-            f"{self.base_url}/update_weights_from_tensor",
-            json={
-                "serialized_named_tensors": [
-                    MultiprocessingSerializer.serialize(sent, output_str=True)
-                ],
-                "flush_cache": True,
-            },
-            timeout=120,
-        )
-        self.assertTrue(response.json()["success"], response.text)
-        mixed = copy.deepcopy(self.models[0])
-        linear, other = (m.get_submodule(name) for m in (mixed, self.models[1]))
-        linear.weight.data = other.weight.data
-        served = prompt_logprobs(self.base_url, PROMPT.tolist())
-        self.assert_logprobs(served, mixed, PROMPT.tolist())
-        self.assertFalse(torch.equal(served, self.at_start))
+    def test_updates_of_parts(self):
+        """A kv_b_proj; a half of a fused layer, and of that a weight without its scale."""
+        tensors = dict(self.tensors[0])
+        for layer in (
+            "model.layers.1.self_attn.kv_b_proj",
+            "model.layers.0.self_attn.q_a_proj",
+            "model.layers.0.self_attn.kv_a_proj_with_mqa",
+        ):
+            with self.subTest(layer):
+                sent = [n for n in tensors if n.startswith(f"{layer}.")]
+                self.assertEqual(len(sent), 2)
+                for name in sent:
+                    tensors[name] = self.tensors[1][name]
+                    result = self.server.update_from_tensor([(name, tensors[name])])
+                    self.assert_succeeds(result)
+                self.assert_agrees(tensors)
 
-    def test_half_of_a_fused_layer_keeps_the_other(self):
-        self.update(self.paths[0])
-        tensors = [
-            load_file(os.path.join(path, "model.safetensors")) for path in self.paths
-        ]
-        expected = copy.deepcopy(self.models[0])
-        for half in "q_a_proj", "kv_a_proj_with_mqa":
-            name = f"model.layers.0.self_attn.{half}"
-            # Alone too: a bucket may part a weight and its scale.
-            for key in f"{name}.weight", f"{name}.weight_scale_inv":
-                response = requests.post(
-                    f"{self.base_url}/update_weights_from_tensor",
-                    json={
-                        "serialized_named_tensors": [
-                            MultiprocessingSerializer.serialize(
-                                [(key, tensors[1][key])], output_str=True
-                            )
-                        ],
-                        "flush_cache": True,
-                    },
-                    timeout=120,
-                )
-                self.assertTrue(response.json()["success"], response.text)
-            linear, other = (m.get_submodule(name) for m in (expected, self.models[1]))
-            linear.weight.data = other.weight.data
-            served = prompt_logprobs(self.base_url, PROMPT.tolist())
-            self.assert_logprobs(served, expected, PROMPT.tolist())
-        self.assertFalse(torch.equal(served, self.at_start))
-        self.update(self.paths[0])
-        served = prompt_logprobs(self.base_url, PROMPT.tolist())
-        self.assertTrue(torch.equal(served, self.at_start))
-
-    def test_decode_agrees_with_transformers(self):
-        self.update(self.paths[0])
-        response = requests.post(
-            f"{self.base_url}/generate",
-            json={
-                "input_ids": PROMPT.tolist(),
-                "sampling_params": {
-                    "max_new_tokens": 16,
-                    "temperature": 0,
-                    "ignore_eos": True,
-                },
-                "return_logprob": True,
-            },
-            timeout=120,
-        ).json()
-        generated = response["meta_info"]["output_token_logprobs"]
+    def test_decode(self):
+        generated = self.server.post(
+            "/generate",
+            input_ids=PROMPT.tolist(),
+            sampling_params=dict(max_new_tokens=16, temperature=0, ignore_eos=True),
+            return_logprob=True,
+        )["meta_info"]["output_token_logprobs"]
         served = torch.tensor([logprob for logprob, _, _ in generated])
-        tokens = [token for _, token, _ in generated]
-        self.assert_logprobs(served, self.models[0], PROMPT.tolist() + tokens)
+        ids = PROMPT.tolist() + [token for _, token, _ in generated]
+        self.assert_agrees(self.tensors[0], served, ids)
 
 
 if __name__ == "__main__":
