@@ -13,7 +13,7 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import emulation, self_check
+from sglang.srt.layers.quantization.mxfp8 import emulation, routing, self_check
 from sglang.srt.layers.quantization.mxfp8.layout import (
     shuffle_rows,
     swizzle_scale,
@@ -151,9 +151,12 @@ def kernels(fault, backends):
 
 
 class TestSelfCheck(CustomTestCase):
+    """FlashInfer's backends emulated, as on a machine without a GPU."""
+
     @classmethod
     def setUpClass(cls):
         init_single_process_parallel_state()
+        cls.enterClassContext(mock.patch.object(routing, "is_cuda", lambda: False))
 
     def check(self, fault, flag="auto", n=N, k=K, backends="trtllm", gather=None):
         """A layer after the check of its kernel; multiplies rightly, or the test fails."""
