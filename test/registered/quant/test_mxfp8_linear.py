@@ -85,6 +85,13 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def held_tensors(layer):
+    """All tensors that a layer and its MXFP8 state hold, registered or not."""
+    owned = [*vars(layer).values(), *vars(layer.mxfp8_weights).values()]
+    unregistered = [value for value in owned if isinstance(value, torch.Tensor)]
+    return [*layer.parameters(), *layer.buffers(), *unregistered]
+
+
 def load_unchecked(loader):
     """A model of no model class, so that there is no copy to check updates with."""
     with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
@@ -153,17 +160,25 @@ class TestLayerLife(MXFP8TestCase):
 
     def test_one_copy(self):
         n, k = 576, 1536
-        layer = build(n, k)
-        load(layer, *random_mxfp8(n, k)[1:])
-        process(layer)
-        held = {
-            name: p.untyped_storage().nbytes() for name, p in layer.named_parameters()
-        }
-        self.assertEqual(
-            held,
-            {"weight": n * k, "weight_scale_inv": swizzled_scale_numel(n, k // 32)},
-        )
-        self.assertEqual(layer.weight_scale_inv.shape, (n, k // 32))
+        swizzled = swizzled_scale_numel(n, k // 32)
+        for backend, scale_bytes in (
+            (TRTLLM, swizzled),
+            (CUTLASS, swizzled),
+            (WEIGHT_ONLY, n * k // 32),
+        ):
+            forced = envs.SGLANG_MXFP8_LINEAR_BACKEND.override(f"proj={backend.value}")
+            with self.subTest(backend), forced:
+                layer = build(n, k)
+                self.assertEqual(layer.mxfp8_weights.backend, backend)
+                load(layer, *random_mxfp8(n, k)[1:])
+                process(layer)
+                layer(torch.randn(3, k).bfloat16())
+                held = {
+                    t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in held_tensors(layer)
+                }
+                self.assertEqual(sorted(held.values()), sorted((n * k, scale_bytes)))
+                self.assertEqual(layer.weight_scale_inv.shape, (n, k // 32))
 
     def test_fused_layers_load_shard_by_shard(self):
         q, k_, v = (
