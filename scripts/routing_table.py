@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""Writes README's table of which layer goes where, from the code that decides.
+"""Writes the table of which layer goes where into docs/serving.md, from the code that decides.
 
-Run in the environment of scripts/setup.sh; without --check it rewrites README.md.
+Needs the .venv that ./scripts/setup.sh makes. Without --check it rewrites the page.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
+
+from in_venv import run_in_venv
+
+if __name__ == "__main__" and importlib.util.find_spec("sglang") is None:
+    run_in_venv()
 
 import torch
 
@@ -19,7 +25,7 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     select_mxfp8_linear_backend,
 )
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "serving.md"
 BEGIN, END = "<!-- scripts/routing_table.py: begin -->", "<!-- end -->"
 LAYERS = (
     ("Qwen3-8B qkv", 6144, 4096),
@@ -65,9 +71,9 @@ def _row(name: str, n: int, k: int) -> str:
     return f"| {' | '.join([*cells, *backends[1:], trtllm.reason])} |"
 
 
-def rewritten(readme: str) -> str:
-    """`readme` with the table between its marks."""
-    before, _, rest = readme.partition(BEGIN)
+def rewritten(page: str) -> str:
+    """`page` with the table between its marks."""
+    before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
@@ -78,10 +84,10 @@ def main() -> int:
         "--check", action="store_true", help="exit 1 if it would change"
     )
     check = parser.parse_args().check
-    old = README.read_text()
+    old = PAGE.read_text()
     if check:
         return int(rewritten(old) != old)
-    README.write_text(rewritten(old))
+    PAGE.write_text(rewritten(old))
     return 0
 
 

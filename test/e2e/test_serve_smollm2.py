@@ -43,7 +43,8 @@ def test_served_model_knows_the_capital_of_japan(port):
 
     [layers] = re.findall("(?m)^MXFP8 linear layers: .*$", result.stderr)
     assert re.search(r"\d+ on flashinfer_cutlass .*; \d+ on flashinfer_trtllm", layers)
-    assert layers in (ROOT / "README.md").read_text().splitlines()
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert layers in readme and result.stdout.strip() in readme
 
 
 def test_a_server_that_cannot_start_is_reported(port):

@@ -33,6 +33,7 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearBackend
 from sglang.srt.layers.quantization.mxfp8.weights import (
+    Form,
     HalfMoved,
     deferred_processing,
     kernel_scale,
@@ -357,30 +358,26 @@ class TestForward(MXFP8TestCase):
                 x = torch.randn(m, k).bfloat16()
                 self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
 
-    def test_ops_have_right_fakes(self):
+    def test_the_op_has_a_right_fake(self):
         # Without padding: opcheck copies its inputs, and a copy carries only the view.
         layer, weight, scale = self.loaded(256, 512)
         x = torch.randn(9, 512).bfloat16()
-        a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x, False)
-        ops, rest = torch.ops.sglang, (torch.bfloat16, False, "trtllm")
-        for op, arguments in (
-            (ops.flashinfer_mxfp8_quantize, (x, False)),
-            (ops.flashinfer_mxfp8_quantize, (x, True)),
-            (
-                ops.flashinfer_mm_mxfp8,
-                (a, layer.weight.t(), a_scale, kernel_form(layer), *rest),
-            ),
-            (
-                ops.flashinfer_mxfp8_linear,
-                (
-                    *(x, layer.weight, layer.weight_scale_inv, None),
-                    *(torch.bfloat16, "trtllm", 8),
-                ),
-            ),
-        ):
-            with self.subTest(op.__name__):
-                # test_schema does arithmetic on its inputs, which fp8 has not.
-                torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+        tensors = x, layer.weight, layer.weight_scale_inv, None
+        # test_schema does arithmetic on its inputs, which fp8 has not.
+        torch.library.opcheck(
+            torch.ops.sglang.flashinfer_mxfp8_linear,
+            (*tensors, torch.bfloat16, "trtllm", 8),
+            test_utils="test_faketensor",
+        )
+
+    def test_the_two_halves_have_flashinfers_defaults(self):
+        layer, weight, scale = self.loaded(256, 512, backend="flashinfer_cutlass")
+        x = torch.randn(9, 512).bfloat16()
+        a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x)
+        output = fp8_utils.flashinfer_mm_mxfp8(
+            a, layer.weight.t(), a_scale, kernel_form(layer), out_dtype=torch.bfloat16
+        )
+        self.assertTrue(torch.equal(output, layer(x)[0]))
 
 
 class TestLoading(MXFP8TestCase):
@@ -442,7 +439,7 @@ class TestLoading(MXFP8TestCase):
     def test_a_load_past_the_loaders_is_left_alone(self):
         layer = build(256, 512)
         self.load_model(layer, build(256, 512))
-        self.assertTrue(layer.mxfp8_weights.in_kernel_form)
+        self.assertEqual(layer.mxfp8_weights.form, Form.KERNEL)
 
     def test_raw_bytes_written_while_loading_are_checkpoint_bytes(self):
         """As dummy, sharded-state, remote key-value and NCCL loads do: process, then write."""
@@ -488,8 +485,8 @@ class TestLoading(MXFP8TestCase):
             with ThreadPoolExecutor() as pool:
                 for layer in served, loading:
                     pool.submit(process, layer).result()
-        self.assertTrue(served.mxfp8_weights.in_kernel_form)
-        self.assertFalse(loading.mxfp8_weights.in_kernel_form)
+        self.assertEqual(served.mxfp8_weights.form, Form.KERNEL)
+        self.assertNotEqual(loading.mxfp8_weights.form, Form.KERNEL)
 
     def test_a_custom_loader_may_use_threads(self):
         layers = build(256, 512), build(160, 512)
@@ -569,7 +566,7 @@ class TestLoading(MXFP8TestCase):
                         with self.assertRaisesRegex(ValueError, message):
                             self.load_model(*layers, model=model)
                         for layer in layers:
-                            self.assertFalse(layer.mxfp8_weights.in_kernel_form)
+                            self.assertNotEqual(layer.mxfp8_weights.form, Form.KERNEL)
                         if move in moves[:4]:
                             with self.assertRaisesRegex(ValueError, message):
                                 load(layers[1], *(t[:n] for t in tensors))

@@ -228,7 +228,7 @@ class TestQuantizedOnEveryBranch(TestE8M0ScalesOnEveryBranch):
     def test_another_loader_that_does_not_copy_is_an_error(self):
         layer = self.build(ReplicatedLinear, K, 256)
         with self.assertRaisesRegex(RuntimeError, "does not copy what it loads"):
-            layer.mxfp8_weights.load(
+            layer.mxfp8_weights.write(
                 lambda param, loaded: None, layer.weight, torch.ones(256, K)
             )
 

@@ -37,6 +37,7 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_served_model,
 )
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8.weights import Form
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -199,7 +200,7 @@ class TestReaders(CustomTestCase):
                 kernel_bytes = attn.kv_b_proj.weight.view(torch.uint8).clone()
                 read(attn)
                 self.assert_read(attn, expected)
-                self.assertTrue(weights.in_kernel_form)
+                self.assertEqual(weights.form, Form.KERNEL)
                 self.assertTrue(
                     torch.equal(attn.kv_b_proj.weight.view(torch.uint8), kernel_bytes)
                 )
@@ -264,7 +265,7 @@ class TestReaders(CustomTestCase):
                 sent["weight_scale_inv"] = scale + 1
                 as_mxfp8_raw_loader(custom_loader)(model, list(sent.items()))
                 self.assert_read(attn, [2 * means for means in expected])
-                self.assertTrue(attn.kv_b_proj.mxfp8_weights.in_kernel_form)
+                self.assertEqual(attn.kv_b_proj.mxfp8_weights.form, Form.KERNEL)
 
     def test_an_update_of_the_scale_alone(self):
         attn = attention()

@@ -34,7 +34,7 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     mxfp8_checkpoint_form,
     mxfp8_weights_of,
 )
-from sglang.srt.layers.quantization.mxfp8.weights import check_parameters
+from sglang.srt.layers.quantization.mxfp8.weights import Form, check_parameters
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_loader import loader as loaders
 from sglang.srt.models.deepseek import DeepseekForCausalLM
@@ -101,7 +101,7 @@ class LoadPathTestCase(CustomTestCase):
         torch.manual_seed(0)
         for weights in mxfp8_weights_of(model):
             layer, name = weights.layer, weights.name
-            self.assertTrue(weights.in_kernel_form, name)
+            self.assertTrue(weights.form == Form.KERNEL, name)
             x = torch.randn(3, layer.input_size).bfloat16()
             reference = reference_linear(
                 x, expected[f"{name}.weight"], expected[f"{name}.weight_scale_inv"]
@@ -138,7 +138,7 @@ class TestLoadFormats(LoadPathTestCase):
     def test_dummy_can_be_served_and_updated(self):
         model = load_on_cpu(self.paths[0], load_format="dummy")
         for weights in mxfp8_weights_of(model):
-            self.assertTrue(weights.in_kernel_form)
+            self.assertEqual(weights.form, Form.KERNEL)
             output, _ = weights.layer(
                 torch.ones(2, weights.layer.input_size).bfloat16()
             )
@@ -239,7 +239,9 @@ class TestDiskUpdateFormats(LoadPathTestCase):
         file = os.path.join(directory, "model.pt")
 
         def refusal():
-            return check_mxfp8_disk_update(model, config, directory, "pt")
+            return check_mxfp8_disk_update(
+                model, config, loaders.get_model_loader, directory, "pt"
+            )
 
         torch.save({**self.tensors[1], "epoch": 3}, file)
         self.assertIsNone(refusal())
@@ -436,7 +438,7 @@ class TestWeightsChecker(LoadPathTestCase):
             self.assert_serves(model, self.tensors[0])
             runner.check_weights("reset_tensors")
         layer = mxfp8_weights_of(model)[0]
-        self.assertTrue(layer.in_kernel_form)
+        self.assertEqual(layer.form, Form.KERNEL)
         with mxfp8_checkpoint_form(model):
             held = layer.layer.weight_scale_inv
             self.assertGreater(held.unique().numel(), 200)
@@ -646,7 +648,9 @@ class TestOneCopy(LoadPathTestCase):
                 "weight": n * k,
                 "weight_scale_inv": swizzled_scale_numel(n, k // 32),
             }
-            self.assertTrue(weights.in_kernel_form and weights.backend.is_flashinfer())
+            self.assertTrue(
+                weights.form == Form.KERNEL and weights.backend.is_flashinfer()
+            )
             self.assertEqual(held, expected, weights.name)
             rows, groups = -(-n // 128) * 128, -(-k // 128) * 4
             self.assertEqual(held["weight_scale_inv"], rows * groups)

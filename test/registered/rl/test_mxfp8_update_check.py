@@ -5,6 +5,7 @@ nothing here runs them.
 """
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
@@ -36,11 +37,12 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_mxfp8_tensors_directly,
     mxfp8_checkpoint_form,
 )
+from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.model_loader.loader import get_model_loader
+from sglang.srt.model_loader.loader import _initialize_model, get_model_loader
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.utils import replace_submodule
@@ -106,7 +108,9 @@ class CheckTestCase(CustomTestCase):
             quantization="mxfp8",
             hf_config=None,
         )
-        return check_mxfp8_disk_update(model, config, path, "auto", **kwargs)
+        return check_mxfp8_disk_update(
+            model, config, get_model_loader, path, "auto", **kwargs
+        )
 
     @contextlib.contextmanager
     def refused(self, model, reason: str):
@@ -611,9 +615,11 @@ class TestDeepseekV3(CustomTestCase):
             model_config = ModelConfig.from_server_args(args)
         cls.tensors = list(deepseek_tensors(config).items())
         cls.check = UpdateCheck(
-            lifecycle._meta_model_builder(
-                get_model_loader(LoadConfig(), model_config),
+            functools.partial(
+                build_on_meta,
+                _initialize_model,
                 model_config,
+                LoadConfig(),
                 mxfp8_config(weight_block_size=[1, 32]),
             ),
             not_needed=(RadixAttention,),

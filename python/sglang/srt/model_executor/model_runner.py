@@ -69,7 +69,12 @@ class ModelRunner:
     @prepend
     def update_weights_from_disk(self, model_path, load_format, weight_name_filter):
         refusal = check_mxfp8_disk_update(
-            self.model, self.model_config, model_path, load_format, weight_name_filter
+            self.model,
+            self.model_config,
+            get_model_loader,
+            model_path,
+            load_format,
+            weight_name_filter,
         )
         if refusal is not None:
             return False, refusal

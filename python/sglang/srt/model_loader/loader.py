@@ -19,7 +19,7 @@ from sglang.srt.layers.quantization.mxfp8.numerics import reads_finite_weights
 
 
 @decorate
-@takes_mxfp8_names
+@takes_mxfp8_names(lambda *configs: get_model_loader(*configs))
 def _initialize_model(): ...
 
 

@@ -33,7 +33,7 @@ Fp8LinearMethod._quantize_mxfp8_weights
     why: replaced: the weight loader quantizes a bf16 checkpoint, and later bf16 updates as well
     until: upstream requantizes on reload
 
-Fp8LinearMethod._process_mxfp8_linear_weight_scale, Fp8LinearMethod.restore_weights_before_loading
+Fp8LinearMethod._process_mxfp8_linear_weight_scale, Fp8LinearMethod.restore_weights_before_loading, Fp8LinearMethod.use_mxfp8_choice
     why: weights change between checkpoint and kernel form in place
     thread: sgl-project/sglang#22484
     until: upstream has restore_weights_before_loading
@@ -67,6 +67,7 @@ from sglang.srt.layers.quantization.mxfp8.formats import (
 )
 from sglang.srt.layers.quantization.mxfp8.names import Mxfp8Plan
 from sglang.srt.layers.quantization.mxfp8.routing import (
+    Mxfp8LinearChoice,
     Mxfp8LinearOptions,
     resolve_mxfp8_linear_backend,
     select_mxfp8_linear_backend,
@@ -194,7 +195,10 @@ class Fp8LinearMethod(LinearMethodBase):
             return loader
 
         def weight_loader(param, loaded_weight, *shard_id):
-            layer.mxfp8_weights.load(loader, param, loaded_weight, *shard_id)
+            weights = layer.mxfp8_weights
+            loaded_weight = weights.accept(param, loaded_weight, *shard_id)
+            self.restore_weights_before_loading(layer)
+            weights.write(loader, param, loaded_weight, *shard_id)
 
         return weight_loader
 
@@ -215,6 +219,11 @@ class Fp8LinearMethod(LinearMethodBase):
     def _process_mxfp8_linear_weight_scale(self, layer: Module) -> None:
         """Bring the layer's weight and scale to the form that its backend reads, in place."""
         layer.mxfp8_weights.to_kernel_form()
+
+    def use_mxfp8_choice(self, layer: Module, choice: Mxfp8LinearChoice) -> None:
+        """Run the layer on another backend than it was created for."""
+        layer.w8a8_mxfp8_linear = dispatch_w8a8_mxfp8_linear(choice)
+        layer.mxfp8_weights.use(choice)
 
     def restore_weights_before_loading(self, layer: Module) -> None:
         """Undo the processing in place: the checkpoint's bytes, ready to be written."""

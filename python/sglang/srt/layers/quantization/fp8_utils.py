@@ -12,13 +12,13 @@ _get_triton_mxfp8_downcast, mxfp8_group_quantize, _triton_downcast
     why: MXFP8 must not depend on triton_kernels, which ships inside sgl-kernel
     until: upstream's quantizer has no such dependency
 
-dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear, _run_2d
+dispatch_w8a8_mxfp8_linear, flashinfer_mxfp8_blockscaled_linear, flashinfer_mxfp8_linear, _register_mxfp8_op, _run_2d
     why: MXFP8 dense linears on FlashInfer's trtllm and cutlass GEMMs
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
-flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _register_mxfp8_op, _kernels
-    why: the two halves of the linear, as torch custom ops
+flashinfer_mxfp8_quantize, flashinfer_mm_mxfp8, _kernels
+    why: the two halves of the linear, on FlashInfer's kernels or their emulation
     thread: sgl-project/sglang#21576
     until: the base is 0.5.10 or later
 
@@ -243,22 +243,8 @@ def _say_not_tuned() -> None:
     )
 
 
-def _fake_mxfp8_quantize(
-    input: torch.Tensor, use_8x4_sf_layout: bool
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    m, k = input.shape
-    row_tile = 8 if use_8x4_sf_layout else 128
-    return (
-        input.new_empty((m, k), dtype=torch.float8_e4m3fn),
-        input.new_empty(
-            (swizzled_scale_numel(m, k // GROUP_SIZE, row_tile),), dtype=torch.uint8
-        ),
-    )
-
-
-@_register_mxfp8_op(_fake_mxfp8_quantize)
 def flashinfer_mxfp8_quantize(
-    input: torch.Tensor, use_8x4_sf_layout: bool
+    input: torch.Tensor, use_8x4_sf_layout: bool = False
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     """Quantize activations to MXFP8 with a swizzled scale.
 
@@ -272,27 +258,14 @@ def flashinfer_mxfp8_quantize(
     return _kernels("cutlass")[0](input.contiguous(), use_8x4_sf_layout)
 
 
-def _fake_mm_mxfp8(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_descale: torch.Tensor,
-    b_descale: torch.Tensor,
-    out_dtype: torch.dtype,
-    use_8x4_sf_layout: bool,
-    backend: str,
-) -> torch.Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-
-
-@_register_mxfp8_op(_fake_mm_mxfp8)
 def flashinfer_mm_mxfp8(
     a: torch.Tensor,
     b: torch.Tensor,
     a_descale: torch.Tensor,
     b_descale: torch.Tensor,
-    out_dtype: torch.dtype,
-    use_8x4_sf_layout: bool,
-    backend: str,
+    out_dtype: torch.dtype = torch.bfloat16,
+    use_8x4_sf_layout: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Multiply two MXFP8 matrices with 1-D swizzled scales.
 
@@ -300,11 +273,12 @@ def flashinfer_mm_mxfp8(
         a: e4m3 [M, K]; a_descale: its scale, 8x4 if `use_8x4_sf_layout`, else 128x4.
         b: e4m3 [K, N], column-major, rows of N shuffled for "trtllm"; b_descale: 128x4.
         out_dtype: bf16, or fp16 with "cutlass".
-        backend: "trtllm" or "cutlass".
+        backend: "trtllm", "cutlass", or "auto", which is cutlass as in FlashInfer.
 
     Returns [M, N] of `out_dtype`. Raises ValueError for shapes, dtypes and lengths that
     the backend refuses. Source: `flashinfer.mm_mxfp8`, 0.6.7.post3.
     """
+    backend = "cutlass" if backend == "auto" else backend
     return _kernels(backend)[1](
         a,
         b,
@@ -334,17 +308,16 @@ def flashinfer_mxfp8_linear(
     m = input.shape[0]
     if m == 0:
         return input.new_empty((0, weight.shape[0]), dtype=out_dtype)
-    quantize, multiply = _kernels(backend)
     use_8x4 = m <= max_m_8x4
     if input_scale is None:
-        input, input_scale = quantize(input.contiguous(), use_8x4)
+        input, input_scale = flashinfer_mxfp8_quantize(input, use_8x4)
     else:
         input, input_scale = _quantized_input(input, input_scale)
         if input_scale.dim() == 2:
             input_scale = swizzle_scale(input_scale, 8 if use_8x4 else 128)
         else:
             use_8x4 = False
-    return multiply(
+    return flashinfer_mm_mxfp8(
         input,
         weight.t(),
         input_scale,

@@ -3,12 +3,16 @@
 numerics        quantize, dequantize, and which bytes are no numbers
 layout          the kernels' permutations of bytes, and back
 shuffle_kernel  one of them as a Triton kernel
+weight_only_kernel  a product with the checkpoint's own bytes as Triton kernels
+weight_only     the same, and in plain torch
 emulation       what FlashInfer's kernels compute, for missing hardware only
 routing         which kernel for which layer
 formats         what a checkpoint's config says
-names           what a model makes of a checkpoint's names
 weights         one layer's weight and scale through its life
 agreement       ranks agree before one of them writes
+headers         what a checkpoint's files say of their tensors
+meta            a model without memory, and what arrives in it
+names           what a model makes of a checkpoint's names
 update_check    whether a model would take an update
 lifecycle       a model's loads and updates
 """

@@ -5,7 +5,6 @@ form. Two things change the form model-wide: the end of every load and update, a
 `mxfp8_checkpoint_form`, for code that reads or writes parameters past their loaders.
 """
 
-import copy
 import functools
 import logging
 import os
@@ -20,7 +19,7 @@ from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8.names import on_meta_device
+from sglang.srt.layers.quantization.mxfp8.headers import reads_files
 from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
@@ -47,7 +46,7 @@ from sglang.srt.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from sglang.srt.model_loader.utils import get_model_architecture, post_load_weights
+from sglang.srt.model_loader.utils import post_load_weights
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import log_info_on_rank0
 
@@ -82,12 +81,11 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     _check_all_written(layers)
     check_parameters(model)
     for weights in layers:
-        weights.fixed_shapes = True
-        weights.held = False
+        weights.release()
     _all_to_kernel_form(layers)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
-    check = _update_check(loader, model_config, model)
+    check = _update_check(model_config, model)
     if check is not None:
         check.follow(model)
     model.load_weights = _managed(model, check, layers)
@@ -108,15 +106,15 @@ def _mxfp8_config(model: torch.nn.Module):
 def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None:
     """Before the files of an MXFP8 model are read: raise ValueError, naming a tensor, if
     the model, which is built, would not take them. Reads their headers only."""
-    if not is_mxfp8_model(model) or not _reads_files(loader):
+    if not is_mxfp8_model(model) or not reads_files(loader.load_config):
         return
-    check = _update_check(loader, model_config, model)
+    check = _update_check(model_config, model)
     if check is not None:
         source = loader.Source.init_new(model_config, model)
         check.files(*_files_of(loader, source), rename=_renamed_by(loader, source))
 
 
-def _update_check(loader, model_config, model) -> Optional[UpdateCheck]:
+def _update_check(model_config, model) -> Optional[UpdateCheck]:
     """The check of a model that is built, made once; None where it is given up."""
     if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
         logger.warning(ACCEPT_UNCHECKED)
@@ -128,7 +126,7 @@ def _update_check(loader, model_config, model) -> Optional[UpdateCheck]:
         if not model_config.is_generation:
             not_needed.append(ParallelLMHead)  # never run
         model.mxfp8_update_check = UpdateCheck(
-            _meta_model_builder(loader, model_config, _mxfp8_config(model)),
+            lambda: model.mxfp8_twin(),
             is_part=model_config.is_draft_model or get_pp_group().world_size > 1,
             not_needed=tuple(not_needed),
         )
@@ -148,6 +146,7 @@ class AgreedWeights:
 def check_mxfp8_disk_update(
     model: torch.nn.Module,
     model_config,
+    get_model_loader: Callable,
     model_path: str,
     load_format: str,
     name_filter: Optional[Callable[[str], bool]] = None,
@@ -156,8 +155,6 @@ def check_mxfp8_disk_update(
 
     Reads the files' headers only.
     """
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
-
     if not is_mxfp8_model(model):
         return None
     refusal = None
@@ -166,13 +163,13 @@ def check_mxfp8_disk_update(
         if not os.path.isdir(model_path) and model_path.count("/") != 1:
             raise UpdateRefused("there is no such folder")
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
-        if not _reads_files(loader):
+        if not reads_files(loader.load_config):
             raise UpdateRefused(
                 f"load format {load_format} cannot update a served MXFP8 model; use auto"
             )
-        source = DefaultModelLoader.Source.init_new(model_config, model)
+        source = loader.Source.init_new(model_config, model)
         source.model_or_path = model_path
-        check = _update_check(loader, model_config, model)
+        check = _update_check(model_config, model)
         if check is not None:
             check.files(
                 *_files_of(loader, source),
@@ -187,19 +184,6 @@ def check_mxfp8_disk_update(
     except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
-
-
-def _reads_files(loader) -> bool:
-    """Whether weights go from files through the parameters' loaders, as they are."""
-    from sglang.srt.model_loader.loader import (
-        DefaultModelLoader,
-        QuantizedRLModelLoader,
-    )
-
-    # flash_rl would replace the parameters and model.load_weights for good.
-    return isinstance(loader, DefaultModelLoader) and not isinstance(
-        loader, QuantizedRLModelLoader
-    )
 
 
 def _files_of(loader, source) -> Tuple[List[str], bool]:
@@ -240,13 +224,12 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
     _wait_for_streams(layers)
     try:
         for weights in layers:
-            weights.held = True
-            weights.to_checkpoint_form()
+            weights.hold()
         _wait_for_streams(layers)
         yield
     finally:
         for weights in layers:
-            weights.held = False
+            weights.release()
         _all_to_kernel_form(layers)
 
 
@@ -430,23 +413,6 @@ def _all_to_kernel_form(layers: List[Mxfp8LinearWeights]) -> None:
     _wait_for_streams(layers)
     if errors:
         raise errors[0]
-
-
-def _meta_model_builder(
-    loader, model_config, quant_config
-) -> Callable[[], torch.nn.Module]:
-    """Builds the model again on the meta device: its loaders and shapes, no memory."""
-    from sglang.srt.model_loader.loader import _initialize_model
-
-    get_model_architecture(model_config)  # imports models, which needs a real device
-    # Updates move model_config.model_path, and its files may go; the model stays.
-    config, load_config = copy.copy(model_config), loader.load_config
-
-    def build() -> torch.nn.Module:
-        with on_meta_device(config.dtype):
-            return _initialize_model(config, load_config, copy.deepcopy(quant_config))
-
-    return build
 
 
 def _refuse_unsupported(loader, layers: List[Mxfp8LinearWeights]) -> None:

@@ -5,21 +5,21 @@ of the model on the meta device, unquantized, loads the checkpoint's names; wher
 arrives is what lists of layers, scales of the KV cache and the converter go by.
 """
 
-import contextlib
 import copy
 import functools
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, List, Optional, Set, Tuple
 
 import torch
-from safetensors import safe_open
-from torch.utils._pytree import tree_map_only
 
-from sglang.srt.layers.quantization.mxfp8.formats import (
-    bare_name,
-    with_mxfp8_names,
+from sglang.srt.layers.quantization.mxfp8.formats import bare_name, with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.headers import read_headers, reads_files
+from sglang.srt.layers.quantization.mxfp8.meta import (
+    Probe,
+    build_on_meta,
+    on_meta_device,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,40 +91,28 @@ class ModelNames:
         return found
 
 
-class _Probe(torch.Tensor):
-    """A meta tensor that notes which storage it, or what is made of it, is copied to."""
+class _Arrivals:
+    """Which modules of a meta model the tensors of a checkpoint arrive in."""
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor, names: Set[str], note: Callable) -> "_Probe":
-        probe = torch.Tensor._make_subclass(cls, tensor)
-        probe.origins, probe.note = names, note
-        return probe
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.places: Dict[str, Set[str]] = {}
+        self.transposed: Set[str] = set()
+        self._owners = {
+            parameter.untyped_storage()._cdata: path
+            for path, module in model.named_modules()
+            for parameter in module.parameters(recurse=False)
+        }
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.item:
-            return 0.0
-        probes = [probe for probe in _flat(args) if isinstance(probe, cls)]
-        if function in (torch.Tensor.copy_, torch.Tensor.__setitem__):
-            with torch._C.DisableTorchFunctionSubclass():
-                for probe in probes:
-                    probe.note(probe.origins, args[0], args[-1])
-            return args[0]
-        with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **(kwargs or {}))
-        if not isinstance(result, (torch.Tensor, list, tuple)) or not probes:
-            return result
-        origins = set().union(*(probe.origins for probe in probes))
-        wrap = lambda tensor: cls.of(tensor, origins, probes[0].note)
-        return tree_map_only(torch.Tensor, wrap, result)
+    def write(self, probe: Probe, target: torch.Tensor, place) -> None:
+        path = self._owners.get(target.untyped_storage()._cdata)
+        if path is not None:
+            for name in probe.origins:
+                self.places.setdefault(name, set()).add(path)
+            if probe.dim() == 2 and min(probe.shape) > 1 and probe.stride(1) > 1:
+                self.transposed |= probe.origins
 
-
-def _flat(values) -> Iterator:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            yield from _flat(value)
-        else:
-            yield value
+    def read(self, probe: Probe) -> None:
+        pass
 
 
 def ask_model(
@@ -134,8 +122,6 @@ def ask_model(
 
     `initialize` is the loaders' `_initialize_model`. Raises what the model's code does.
     """
-    from sglang.srt.model_loader.utils import get_model_architecture
-
     layers: List[Layer] = []
 
     def record(module: torch.nn.Module, prefix: str) -> bool:
@@ -144,44 +130,24 @@ def ask_model(
 
     asked = copy.deepcopy(quant_config)
     asked.choose_mxfp8 = record
-    get_model_architecture(model_config)  # imports models, which is not for meta
+    model = build_on_meta(initialize, model_config, load_config, asked)
     with on_meta_device(model_config.dtype):
-        model = initialize(model_config, load_config, asked)
         give_kv_scales(model, asked)
-    # It computes with the weights, which the meta device has not.
-    if hasattr(model, "post_load_weights"):
-        model.post_load_weights = lambda *args, **kwargs: None
-    owners = {
-        parameter.untyped_storage()._cdata: path
-        for path, module in model.named_modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    }
-    places: Dict[str, Set[str]] = {}
-    transposed: Set[str] = set()
-
-    def note(names: Set[str], target: torch.Tensor, source: torch.Tensor) -> None:
-        path = owners.get(target.untyped_storage()._cdata)
-        if path is not None:
-            for name in names:
-                places.setdefault(name, set()).add(path)
-            if source.dim() == 2 and min(source.shape) > 1 and source.stride(1) > 1:
-                transposed.update(names)
-
+    load = _Arrivals(model)
     empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     model.load_weights(
-        (name, _Probe.of(empty(shape), {name}, note)) for name, shape in shapes.items()
+        (name, Probe.of(empty(shape), {name}, load)) for name, shape in shapes.items()
     )
     arrived: Dict[str, Set[str]] = {}
-    for name, paths in places.items():
+    for name, paths in load.places.items():
         for path in paths:
             arrived.setdefault(path, set()).add(name)
     paths = {id(module): path for path, module in model.named_modules()}
     for layer in layers:
         layer.path = paths.get(id(layer.module), "")
         layer.tensors = arrived.get(layer.path, set()) if layer.path else set()
-        layer.transposed = layer.tensors & transposed
-    return ModelNames(layers, places, list(kv_caches(model)))
+        layer.transposed = layer.tensors & load.transposed
+    return ModelNames(layers, load.places, list(kv_caches(model)))
 
 
 @dataclass
@@ -229,9 +195,7 @@ class Mxfp8Plan:
         return self.attention[scale]
 
 
-def plan_mxfp8(
-    initialize: Callable, model_config, load_config, quant_config
-) -> Mxfp8Plan:
+def plan_mxfp8(initialize: Callable, loader, model_config, quant_config) -> Mxfp8Plan:
     """The plan of a model that is about to be built, by the headers of its checkpoint.
 
     Where there are none, and where the model cannot be asked, layers go by their prefixes.
@@ -239,7 +203,7 @@ def plan_mxfp8(
     of a KV cache that the model does not have.
     """
     listed = quant_config.mxfp8_layers
-    shapes = _shapes(model_config, load_config)
+    shapes = _shapes(loader, model_config)
     scales = [name for name in shapes if _KV_SCALE.search(name)]
     shapes = {name: s for name, s in shapes.items() if not _IS_SCALE.search(name)}
     wanted = {group for name in scales for group in _above(name)}
@@ -248,7 +212,9 @@ def plan_mxfp8(
     if not shapes:
         return Mxfp8Plan()
     try:
-        names = ask_model(initialize, model_config, load_config, quant_config, shapes)
+        names = ask_model(
+            initialize, model_config, loader.load_config, quant_config, shapes
+        )
     except Exception as error:
         logger.warning(
             "The model cannot be asked for the checkpoint's names: %r", error
@@ -259,27 +225,6 @@ def plan_mxfp8(
         for layer in names.layers
     ]
     return Mxfp8Plan(layers, {name: names.attention_of(name) for name in scales})
-
-
-@contextlib.contextmanager
-def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
-    """Models built within it have shapes and loaders, and no memory."""
-    from sglang.srt.layers.rotary_embedding import _ROPE_DICT
-    from sglang.srt.model_loader.utils import set_default_torch_dtype
-    from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
-
-    offloader, before = get_offloader(), torch.get_default_dtype()
-    ropes = dict(_ROPE_DICT)  # a real model must not find those of one on meta
-    set_offloader(NoopOffloader())
-    try:
-        with set_default_torch_dtype(dtype), torch.device("meta"):
-            yield
-    finally:
-        set_offloader(offloader)
-        _ROPE_DICT.clear()
-        _ROPE_DICT.update(ropes)
-        # Upstream's context leaves its own behind an exception.
-        torch.set_default_dtype(before)
 
 
 def give_kv_scales(model: torch.nn.Module, quant_config) -> None:
@@ -328,58 +273,61 @@ def _above(scale: str) -> List[str]:
     return [first, _parent(first), _parent(_parent(first))]
 
 
-def _shapes(model_config, load_config) -> Shapes:
+def _shapes(loader, model_config) -> Shapes:
     """Of a checkpoint's tensors, from its headers; empty where there are none."""
-    from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
-
-    loader = get_model_loader(load_config, model_config)
-    if not isinstance(loader, DefaultModelLoader):
+    if not reads_files(loader.load_config):
         return {}
-    shapes: Shapes = {}
     try:
         _, files, use_safetensors = loader._prepare_weights(
             model_config.model_path, model_config.revision, True
         )
-        for path in files if use_safetensors else ():
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
+        headers = read_headers(files, use_safetensors) if use_safetensors else ()
     except Exception:  # reading the weights says what is wrong with them
         return {}
-    return shapes
+    return {name: tuple(header.shape) for name, header in headers}
 
 
-def takes_mxfp8_names(initialize_model: Callable) -> Callable:
+def takes_mxfp8_names(get_model_loader: Callable) -> Callable:
     """Make the MXFP8 models that a function builds go by a checkpoint's names.
 
     Their layers are those that its config lists, and they load any format's scales.
+    `model.mxfp8_twin()` builds one again on the meta device.
     """
 
-    @functools.wraps(initialize_model)
-    def initialize(model_config, load_config, quant_config=None):
-        is_asked = getattr(quant_config, "choose_mxfp8", None) is not None
-        if is_asked or not getattr(quant_config, "use_mxfp8", False):
-            return initialize_model(model_config, load_config, quant_config)
-        if quant_config.mxfp8_plan is None:
-            quant_config.mxfp8_plan = plan_mxfp8(
-                initialize_model, model_config, load_config, quant_config
-            )
-        plan = quant_config.mxfp8_plan
-        quant_config.choose_mxfp8 = plan.chooser()
-        model = initialize_model(model_config, load_config, quant_config)
-        quant_config.choose_mxfp8 = None
-        give_kv_scales(model, quant_config)
-        load_weights = model.load_weights
+    def decorate(initialize_model: Callable) -> Callable:
+        @functools.wraps(initialize_model)
+        def initialize(model_config, load_config, quant_config=None):
+            configs = model_config, load_config, quant_config
+            is_asked = getattr(quant_config, "choose_mxfp8", None) is not None
+            if is_asked or not getattr(quant_config, "use_mxfp8", False):
+                return initialize_model(*configs)
+            if quant_config.mxfp8_plan is None:
+                loader = get_model_loader(load_config, model_config)
+                quant_config.mxfp8_plan = plan_mxfp8(
+                    initialize_model, loader, model_config, quant_config
+                )
+            quant_config.choose_mxfp8 = quant_config.mxfp8_plan.chooser()
+            model = initialize_model(*configs)
+            quant_config.choose_mxfp8 = None
+            give_kv_scales(model, quant_config)
+            model.load_weights = _by_name(model, quant_config.mxfp8_plan)
+            model.mxfp8_twin = functools.partial(build_on_meta, initialize, *configs)
+            return model
 
-        @functools.wraps(load_weights)
-        def load_named_weights(weights, *args, **kwargs):
-            named = load_kv_scales(model, plan, with_mxfp8_names(weights))
-            return load_weights(named, *args, **kwargs)
+        return initialize
 
-        model.load_weights = load_named_weights
-        return model
+    return decorate
 
-    return initialize
+
+def _by_name(model: torch.nn.Module, plan: Mxfp8Plan) -> Callable:
+    load_weights = model.load_weights
+
+    @functools.wraps(load_weights)
+    def load_named_weights(weights, *args, **kwargs):
+        named = load_kv_scales(model, plan, with_mxfp8_names(weights))
+        return load_weights(named, *args, **kwargs)
+
+    return load_named_weights
 
 
 def load_kv_scales(model: torch.nn.Module, plan, weights: Weights) -> Weights:

@@ -5,16 +5,12 @@ it first. What its loaders refuse is refused; a checkpoint has to fill every par
 """
 
 import hashlib
-import json
-import os
-import zipfile
 from collections import defaultdict
 from typing import (
     Any,
     Callable,
     Dict,
     Iterable,
-    Iterator,
     List,
     NamedTuple,
     Optional,
@@ -23,7 +19,6 @@ from typing import (
 )
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.mxfp8.agreement import (
@@ -32,34 +27,13 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     shorten,
 )
 from sglang.srt.layers.quantization.mxfp8.formats import OTHER_SCALE, SCALE
+from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
+from sglang.srt.layers.quantization.mxfp8.meta import Probe
 from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, name_mxfp8_weights
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 
-
-class _Header(NamedTuple):
-    """What a file says of a tensor before it is read."""
-
-    dtype: torch.dtype
-    shape: Tuple[int, ...]
-
-
-_SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 ACCEPT_UNCHECKED = (
     "SGLANG_MXFP8_ACCEPT_UNCHECKED=1 loads weights without this check, at your risk"
@@ -96,16 +70,13 @@ class UpdateCheck:
             ) from error
         self._layers = name_mxfp8_weights(self._model)
         for weights in self._layers:
-            weights.fixed_shapes = True
+            weights.release()
         self._quantizes = any(weights.quantize_on_load for weights in self._layers)
         self._parameters = {
             param.untyped_storage()._cdata: _Parameter(path, name, module, param)
             for path, module in self._model.named_modules()
             for name, param in module.named_parameters(recurse=False)
         }
-        # It computes with the weights, which the meta device has not.
-        if hasattr(self._model, "post_load_weights"):
-            self._model.post_load_weights = lambda *args, **kwargs: None
 
     def follow(self, model: torch.nn.Module) -> None:
         """From now on, checks are of updates of `model`, which is loaded."""
@@ -145,10 +116,9 @@ class UpdateCheck:
         """
         if model is not None:
             self._refuse_another(model)
-        read = _read_safetensors if use_safetensors else _read_pickle
-        named_tensors = _without_twins({file: read(file) for file in files})
+        named_tensors = read_headers(files, use_safetensors)
         if use_safetensors:
-            _check_index(files, {name for name, _ in named_tensors}, model is not None)
+            check_index(files, {name for name, _ in named_tensors}, model is not None)
         named_tensors = list(rename(named_tensors))
         if name_filter is not None:
             named_tensors = [named for named in named_tensors if name_filter(named[0])]
@@ -259,9 +229,9 @@ class _MetaLoad:
     def probes(self, named_tensors: Iterable[Tuple[str, Any]]) -> NamedTensors:
         for name, tensor in named_tensors:
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            yield name, _Probe.of(empty, {name}, self)
+            yield name, Probe.of(empty, {name}, self)
 
-    def write(self, probe: "_Probe", target: torch.Tensor, place: Any) -> None:
+    def write(self, probe: Probe, target: torch.Tensor, place: Any) -> None:
         """A copy of `probe` into `target`, or into a `place` in it."""
         if probe.source_dtype.itemsize != target.dtype.itemsize:
             refuse_as_values(", ".join(probe.origins), probe.source_dtype, target.dtype)
@@ -272,61 +242,14 @@ class _MetaLoad:
         self.regions[storage][region] = numel
         self._writers[storage] = probe.origins
 
+    def read(self, probe: Probe) -> None:
+        self.taken |= probe.origins
+
     def refuse_experts(self) -> None:
         for storage, names in self._writers.items():
             owner = self._parameters.get(storage)
             if owner and is_mxfp8_expert(owner.module, owner.param):
                 refuse_experts(names)
-
-
-class _Probe(torch.Tensor):
-    """A meta tensor that knows the tensors it is made of, and reports copies of it."""
-
-    # What else is asked of it costs a call of __torch_function__.
-    device = torch.device("meta")
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor, names: Set[str], load: _MetaLoad) -> "_Probe":
-        probe = torch.Tensor._make_subclass(cls, tensor)
-        probe.origins, probe.load, probe.source_dtype = names, load, tensor.dtype
-        return probe
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is _COPY or function is _SET_ITEM:
-            source = args[1] if function is _COPY else args[2]
-            place = None if function is _COPY else str(args[1])
-            if isinstance(source, cls):
-                source.load.write(source, args[0], place)
-            if not args[0].is_meta:
-                return args[0]  # made on a device by name: nothing can be copied there
-        with torch._C.DisableTorchFunctionSubclass():
-            result = function(*args, **(kwargs or {}))
-        if function is _COPY or function is _SET_ITEM:
-            return result
-        if function is _ITEM:
-            args[0].load.taken |= args[0].origins
-            return 0.0
-        if isinstance(result, torch.Tensor):
-            return cls._derived(result, args)
-        if type(result) in (tuple, list):
-            return type(result)(cls._derived(part, args) for part in result)
-        return result
-
-    @classmethod
-    def _derived(cls, result: Any, args: tuple) -> Any:
-        if not isinstance(result, torch.Tensor):
-            return result
-        sources = [a for a in args if type(a) is cls]
-        sources = sources or [a for a in args[0] if type(a) is cls]  # of torch.cat
-        origins = sources[0].origins
-        if len(sources) > 1:
-            origins = origins.union(*(source.origins for source in sources))
-        return cls.of(result, origins, sources[0].load)
-
-
-_COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
-_ITEM = torch.Tensor.item
 
 
 def is_mxfp8_expert(module: torch.nn.Module, param: torch.Tensor) -> bool:
@@ -396,59 +319,3 @@ def _refuse_missing_scales(
                 raise UpdateRefused(
                     f"the checkpoint lacks the scale of {name}, {layer}{SCALE}"
                 )
-
-
-def _without_twins(
-    files: Dict[str, Iterable[Tuple[str, Any]]],
-) -> List[Tuple[str, Any]]:
-    """The tensors of all files, each of which stands in one of them."""
-    found: Dict[str, Tuple[str, Any]] = {}
-    for file, named_tensors in files.items():
-        for name, tensor in named_tensors:
-            if name in found:
-                raise UpdateRefused(
-                    f"{name} stands in {found[name][0]} and in {file}: remove one of them"
-                )
-            found[name] = file, tensor
-    return [(name, tensor) for name, (_, tensor) in found.items()]
-
-
-def _read_safetensors(file: str) -> Iterator[Tuple[str, _Header]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
-                view = tensors.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
-                yield name, _Header(dtype, view.get_shape())
-    except (SafetensorError, OSError) as error:
-        raise UpdateRefused(f"{file} cannot be read: {error}") from error
-    except KeyError as error:
-        raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
-
-
-def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
-    try:
-        mmap = zipfile.is_zipfile(file)  # torch maps no older format
-        tensors = torch.load(file, map_location="meta", mmap=mmap, weights_only=True)
-    except Exception as error:  # whatever a damaged zip or pickle raises
-        raise UpdateRefused(f"{file} cannot be read: {error}") from error
-    return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
-
-
-def _check_index(files: List[str], names: Set[str], is_update: bool) -> None:
-    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has.
-
-    At start the file has to be missing: stale entries that no model needs are old news.
-    """
-    folder = os.path.dirname(files[0])
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.exists(index):
-        return
-    with open(index) as file:
-        weight_map = json.load(file)["weight_map"]
-    for name in sorted(set(weight_map) - names):
-        if is_update or not os.path.exists(os.path.join(folder, weight_map[name])):
-            raise UpdateRefused(
-                f"{index} has {name} in {weight_map[name]}, which lacks it or is not "
-                "there: fetch the checkpoint again"
-            )

@@ -11,6 +11,7 @@ identity, class, shape and address in both forms.
 import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
 
 import torch
@@ -50,10 +51,18 @@ _half_moved: Optional[str] = None
 _deferred = ContextVar("_deferred", default=False)
 
 
+class Form(Enum):
+    """What a layer's bytes are now. Shapes of what is loaded are checked in the last two."""
+
+    NEW = "being loaded for the first time"
+    HELD = "as a checkpoint has them until `release`: raw bytes are being written"
+    CHECKPOINT = "as a checkpoint has them"
+    KERNEL = "as the backend reads them"
+
+
 @contextmanager
 def deferred_processing():
-    """Layers that are built within it stay in checkpoint form until they are released,
-    by `held = False`: whatever loads them finds that form."""
+    """Layers that are built within it are held: whatever loads them finds that form."""
     token = _deferred.set(True)
     try:
         yield
@@ -81,10 +90,9 @@ class Mxfp8LinearWeights:
         quantize_on_load: loaded weights are bf16/fp16/fp32 and are quantized here.
 
     Attributes:
+        form: see `Form`.
         shapes: of what was ever loaded, by parameter name and shard id.
         loaded: the parameter names and shard ids that loads wrote.
-        held: `to_kernel_form` does nothing, since raw bytes are being written.
-        fixed_shapes: later loads must have those shapes; set when the model is loaded.
     """
 
     def __init__(
@@ -97,12 +105,10 @@ class Mxfp8LinearWeights:
         self.choice = choice
         self.backend = choice.backend
         self.quantize_on_load = quantize_on_load
-        self.in_kernel_form = False
-        self.held = _deferred.get()
+        self.form = Form.HELD if _deferred.get() else Form.NEW
         self.name = getattr(layer, "prefix", "") or type(layer).__name__
         self.shapes: Dict[str, Dict[Any, torch.Size]] = {WEIGHT: {}, SCALE: {}}
         self.loaded: Set[Tuple[str, Any]] = set()
-        self.fixed_shapes = False
         self._make_room()
         self._rooms = {
             name: StorageWeakRef(getattr(layer, name).untyped_storage())
@@ -110,29 +116,42 @@ class Mxfp8LinearWeights:
         }
         self._restored: Optional[torch.cuda.Event] = None
 
-    def load(self, loader: Callable, param, loaded: torch.Tensor, *shard_id) -> None:
-        """Write one loaded tensor (or a shard of it) through upstream's `loader`.
+    def accept(self, param, loaded: torch.Tensor, *shard_id) -> torch.Tensor:
+        """A tensor (or a shard) that is about to be written, in the parameter's dtype, or
+        in 16 or 32 bits if it is quantized here.
 
-        Brings the layer to checkpoint form first. Raises ValueError for a dtype whose
-        bytes are not the parameter's, for a shape that is not the layer's, for NaN or
-        infinity in what is quantized, and for a parameter that shares its memory.
+        Raises ValueError for a dtype whose bytes are not the parameter's, for a shape
+        that is not the layer's, and for a parameter that shares its memory.
         """
         name = WEIGHT if param is self.layer.weight else SCALE
         shard = shard_id[0] if shard_id else None
         self._require_rooms()
-        if self.fixed_shapes:
+        if self.form in (Form.CHECKPOINT, Form.KERNEL):
             self._check_shape(name, shard, loaded)
         self._note(name, shard, loaded.shape)
-        if self.quantize_on_load and name == SCALE:
+        if not self.quantize_on_load:
+            return self.as_bytes_of(param, name, loaded)
+        if name == SCALE:
             raise ValueError(
                 f"{self.name}.{SCALE}: --quantization mxfp8 makes the scales itself, "
                 f"send {WEIGHT} only, in bf16, fp16 or fp32"
             )
+        if not loaded.is_floating_point() or loaded.element_size() < 2:
+            raise ValueError(
+                f"{self._label(WEIGHT, loaded, *shard_id)}: --quantization mxfp8 quantizes "
+                f"bf16, fp16 or fp32 weights, got {loaded.dtype}; an MXFP8 checkpoint "
+                "needs no flag"
+            )
+        return loaded
+
+    def write(self, loader: Callable, param, loaded: torch.Tensor, *shard_id) -> None:
+        """Write what was accepted, through upstream's `loader`, in checkpoint form.
+
+        Raises ValueError for NaN or infinity in what is quantized.
+        """
         if self.quantize_on_load:
-            self._load_quantized(loader, loaded, *shard_id)
+            self._write_quantized(loader, loaded, *shard_id)
         else:
-            loaded = self.as_bytes_of(param, name, loaded)
-            self.to_checkpoint_form()
             loader(param, loaded, *shard_id)
 
     def unwritten(self) -> List[str]:
@@ -140,9 +159,9 @@ class Mxfp8LinearWeights:
         return [name for name in self.shapes if not self._is_whole(name)]
 
     def to_kernel_form(self) -> None:
-        """Rearrange weight and scale for the backend, in place; once is enough."""
+        """Rearrange weight and scale for the backend, in place; unless they are held."""
         with _form_lock:
-            if self.in_kernel_form or self.held:
+            if self.form in (Form.HELD, Form.KERNEL):
                 return
             self._require_rooms()
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
@@ -156,13 +175,13 @@ class Mxfp8LinearWeights:
                     copy = dequantized_weight(weight)
                     for rows in _row_slabs(weight):
                         copy[rows].copy_(dequantize(weight[rows], scale[rows]))
-            self.in_kernel_form = True
+            self.form = Form.KERNEL
 
     def to_checkpoint_form(self) -> None:
         """Undo `to_kernel_form`: the checkpoint's bytes again, at the same addresses."""
         with _form_lock:
             weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
-            if not self.in_kernel_form:
+            if self.form != Form.KERNEL:
                 if self._restored is not None and weight.is_cuda:
                     # Another loader restored it, on a stream of its own.
                     stream = torch.cuda.current_stream(weight.device)
@@ -176,7 +195,23 @@ class Mxfp8LinearWeights:
                         unshuffle_rows_(weight)
             if weight.is_cuda:
                 self._restored = torch.cuda.current_stream(weight.device).record_event()
-            self.in_kernel_form = False
+            self.form = Form.CHECKPOINT
+
+    def use(self, choice: Mxfp8LinearChoice) -> None:
+        """Run on another backend from now on, in its form."""
+        self.to_checkpoint_form()
+        self.choice, self.backend = choice, choice.backend
+        self.to_kernel_form()
+
+    def hold(self) -> None:
+        """Stay in checkpoint form until `release`."""
+        self.to_checkpoint_form()
+        self.form = Form.HELD
+
+    def release(self) -> None:
+        """Loaded: from now on, loads must have the shapes of the first."""
+        if self.form != Form.KERNEL:
+            self.form = Form.CHECKPOINT
 
     @contextmanager
     def _moving(self):
@@ -199,14 +234,35 @@ class Mxfp8LinearWeights:
         For models that read a layer themselves (MLA's `kv_b_proj`). Changes no form.
         """
         with _form_lock:
-            weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
-            if self.in_kernel_form and self.backend.is_flashinfer():
-                shuffled = self.backend.is_flashinfer_trtllm()
-                swizzled = kernel_scale(scale)
-                scale = unswizzle_scale(swizzled, *scale.shape, shuffle=shuffled)
-                if shuffled:
-                    weight = unshuffle_rows(weight)
-            return dequantize(weight, scale).to(torch.bfloat16)
+            whole = torch.empty_like(self.layer.weight, dtype=torch.bfloat16)
+            for rows, weight, scale in self.checkpoint_slabs():
+                whole[rows] = dequantize(weight, scale)
+            return whole
+
+    def checkpoint_slabs(self) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Rows, and the weight and scale that a checkpoint has for them, from either form.
+
+        Copies of so many rows that their arithmetic in fp64 takes about 64 MiB.
+        """
+        weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
+        (n, k), groups = weight.shape, scale.shape[1]
+        moved = self.form == Form.KERNEL and self.backend.is_flashinfer()
+        shuffled = moved and self.backend.is_flashinfer_trtllm()
+        step = max(1, MAX_TEMPORARY_BYTES // (32 * 128 * k)) * 128
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            part, part_scale = weight[rows], scale[rows]
+            if moved:
+                tiles = swizzled_scale_numel(start, groups)
+                swizzled = kernel_scale(scale)[tiles:][
+                    : swizzled_scale_numel(len(part), groups)
+                ]
+                part_scale = unswizzle_scale(
+                    swizzled, len(part), groups, shuffle=shuffled
+                )
+            if shuffled:
+                part = unshuffle_rows(part)
+            yield rows, part, part_scale
 
     def as_bytes_of(self, param, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """`loaded` in the parameter's dtype, without conversion, or ValueError."""
@@ -253,6 +309,10 @@ class Mxfp8LinearWeights:
             at_home = StorageWeakRef(storage) == room or self._is_offloaded(param)
             if param.storage_offset() or not at_home:
                 raise ValueError(self._shares(name))
+
+    def is_offloaded(self) -> bool:
+        """Whether its bytes are not where the layer runs."""
+        return self._is_offloaded(self.layer.weight)
 
     def _is_offloaded(self, param: torch.nn.Parameter) -> bool:
         """Whether it was moved alone, with all that its kernel form needs."""
@@ -320,14 +380,8 @@ class Mxfp8LinearWeights:
         columns = layer.input_size // (GROUP_SIZE if name == SCALE else 1)
         return torch.Size((rows, columns))
 
-    def _load_quantized(self, loader: Callable, loaded: torch.Tensor, *shard_id):
+    def _write_quantized(self, loader: Callable, loaded: torch.Tensor, *shard_id):
         """Quantize what `loader` would copy of `loaded`: this rank's shard, no more."""
-        label = self._label(WEIGHT, loaded, *shard_id)
-        if not loaded.is_floating_point() or loaded.element_size() < 2:
-            raise ValueError(
-                f"{label}: --quantization mxfp8 quantizes bf16, fp16 or fp32 weights, "
-                f"got {loaded.dtype}; an MXFP8 checkpoint needs no flag"
-            )
         device = self.layer.weight.device
         copies = [
             (target, None if source is None else source.to(device))
@@ -336,14 +390,14 @@ class Mxfp8LinearWeights:
             )
             if source is None or source.numel()
         ]
+        label = self._label(WEIGHT, loaded, *shard_id)
         sources = [(label, source) for _, source in copies if source is not None]
         refuse_non_finite(sources, quantizes=True)
         self._note(SCALE, *(shard_id or (None,)), _scale_shape(loaded))
-        self.to_checkpoint_form()
         for target, source in copies:
-            self._write_quantized(target, source)
+            self._quantize_into(target, source)
 
-    def _write_quantized(
+    def _quantize_into(
         self, target: torch.Tensor, source: Optional[torch.Tensor]
     ) -> None:
         """Write into the weight at the place that `target` has in its stand-in."""

@@ -1,0 +1,110 @@
+"""What a checkpoint's files say of their tensors before any is read."""
+
+import json
+import os
+import zipfile
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
+
+# The load formats whose weights go from files through the parameters' loaders, as they
+# are. flash_rl would replace the parameters and model.load_weights for good.
+_FILE_FORMATS = (
+    LoadFormat.AUTO,
+    LoadFormat.SAFETENSORS,
+    LoadFormat.FASTSAFETENSORS,
+    LoadFormat.PT,
+    LoadFormat.MISTRAL,
+    LoadFormat.NPCACHE,
+)
+
+
+class Header(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    dtype: torch.dtype
+    shape: Tuple[int, ...]
+
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+def reads_files(load_config: LoadConfig) -> bool:
+    """Whether a checkpoint's tensors are read from its files by name."""
+    return load_config.load_format in _FILE_FORMATS
+
+
+def read_headers(files: List[str], use_safetensors: bool) -> List[Tuple[str, Header]]:
+    """The tensors of a checkpoint's files, by name.
+
+    Raises UpdateRefused for a damaged file, and for a tensor that stands in two files.
+    """
+    read = _read_safetensors if use_safetensors else _read_pickle
+    found: Dict[str, Tuple[str, Header]] = {}
+    for file in files:
+        for name, header in read(file):
+            if name in found:
+                raise UpdateRefused(
+                    f"{name} stands in {found[name][0]} and in {file}: remove one of them"
+                )
+            found[name] = file, header
+    return [(name, header) for name, (_, header) in found.items()]
+
+
+def _read_safetensors(file: str) -> Iterator[Tuple[str, Header]]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():
+                view = tensors.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
+                yield name, Header(dtype, view.get_shape())
+    except (SafetensorError, OSError) as error:
+        raise UpdateRefused(f"{file} cannot be read: {error}") from error
+    except KeyError as error:
+        raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
+
+
+def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
+    try:
+        mmap = zipfile.is_zipfile(file)  # torch maps no older format
+        tensors = torch.load(file, map_location="meta", mmap=mmap, weights_only=True)
+    except Exception as error:  # whatever a damaged zip or pickle raises
+        raise UpdateRefused(f"{file} cannot be read: {error}") from error
+    return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
+
+
+def check_index(files: List[str], names: Set[str], is_update: bool) -> None:
+    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has.
+
+    At start the file has to be missing: stale entries that no model needs are old news.
+    """
+    folder = os.path.dirname(files[0])
+    index = os.path.join(folder, "model.safetensors.index.json")
+    if not os.path.exists(index):
+        return
+    with open(index) as file:
+        weight_map = json.load(file)["weight_map"]
+    for name in sorted(set(weight_map) - names):
+        if is_update or not os.path.exists(os.path.join(folder, weight_map[name])):
+            raise UpdateRefused(
+                f"{index} has {name} in {weight_map[name]}, which lacks it or is not "
+                "there: fetch the checkpoint again"
+            )

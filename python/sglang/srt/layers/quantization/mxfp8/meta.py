@@ -1,0 +1,100 @@
+"""A model on the meta device, and what a checkpoint's tensors become when it loads them.
+
+Such a model has loaders and shapes, and no memory; probes stand for the tensors.
+"""
+
+import contextlib
+import copy
+from typing import Any, Callable, Iterator, Set
+
+import torch
+
+
+def build_on_meta(
+    initialize: Callable, model_config, load_config, quant_config
+) -> torch.nn.Module:
+    """The model that `initialize`, the loaders' `_initialize_model`, makes of these."""
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    get_model_architecture(model_config)  # imports models, which is not for meta
+    with on_meta_device(model_config.dtype):
+        model = initialize(model_config, load_config, copy.deepcopy(quant_config))
+    # It computes with the weights, which the meta device has not.
+    if hasattr(model, "post_load_weights"):
+        model.post_load_weights = lambda *args, **kwargs: None
+    return model
+
+
+@contextlib.contextmanager
+def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
+    """Models built within it have shapes and loaders, and no memory."""
+    from sglang.srt.layers.rotary_embedding import _ROPE_DICT
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+    from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
+
+    offloader, before = get_offloader(), torch.get_default_dtype()
+    ropes = dict(_ROPE_DICT)  # a real model must not find those of one on meta
+    set_offloader(NoopOffloader())
+    try:
+        with set_default_torch_dtype(dtype), torch.device("meta"):
+            yield
+    finally:
+        set_offloader(offloader)
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(ropes)
+        # Upstream's context leaves its own behind an exception.
+        torch.set_default_dtype(before)
+
+
+class Probe(torch.Tensor):
+    """A meta tensor that knows which tensors of a checkpoint it is made of.
+
+    `load.write(probe, target, place)` is called when it is copied into `target`, or into
+    a `place` in it; `load.read(probe)` when its number is asked for, which is 0.
+    """
+
+    # What else is asked of it costs a call of __torch_function__.
+    device = torch.device("meta")
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, names: Set[str], load: Any) -> "Probe":
+        probe = torch.Tensor._make_subclass(cls, tensor)
+        probe.origins, probe.load, probe.source_dtype = names, load, tensor.dtype
+        return probe
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is _COPY or function is _SET_ITEM:
+            source = args[1] if function is _COPY else args[2]
+            place = None if function is _COPY else str(args[1])
+            if isinstance(source, cls):
+                source.load.write(source, args[0], place)
+            if not args[0].is_meta:
+                return args[0]  # made on a device by name: nothing can be copied there
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **(kwargs or {}))
+        if function is _COPY or function is _SET_ITEM:
+            return result
+        if function is _ITEM:
+            args[0].load.read(args[0])
+            return 0.0
+        if isinstance(result, torch.Tensor):
+            return cls._derived(result, args)
+        if type(result) in (tuple, list):
+            return type(result)(cls._derived(part, args) for part in result)
+        return result
+
+    @classmethod
+    def _derived(cls, result: Any, args: tuple) -> Any:
+        if not isinstance(result, torch.Tensor):
+            return result
+        sources = [a for a in args if type(a) is cls]
+        sources = sources or [a for a in args[0] if type(a) is cls]  # of torch.cat
+        origins = sources[0].origins
+        if len(sources) > 1:
+            origins = origins.union(*(source.origins for source in sources))
+        return cls.of(result, origins, sources[0].load)
+
+
+_COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
+_ITEM = torch.Tensor.item

@@ -1,0 +1,426 @@
+"""x @ W^T for an MXFP8 weight as its checkpoint has it: Triton kernels.
+
+Codes are decoded in registers, by integer operations where a GPU has no e4m3. One row
+of x is a sum in fp32; more rows are a product on tensor cores, whose K is split
+among programs until the GPU is full. The last program of a tile to arrive adds up what
+all have found, in the order of K, so that the same input gives the same output.
+"""
+
+import functools
+from typing import Dict, NamedTuple, Tuple
+
+import torch
+import triton
+import triton.language as tl
+
+GROUP = tl.constexpr(32)  # elements along K that share a scale
+COUNTERS = 4096  # tiles that can be split along K in one launch
+
+
+def _unpack(shift: int, mask: int, ulp: int, carry: int, spread: int) -> str:
+    """PTX that makes four codes, $2, 16-bit floats in lo and hi, too small by a power of 2.
+
+    A code is sign-extended to 16 bits and shifted, so that its exponent and mantissa end
+    in those of the float. Adding one ulp carries out of a NaN code only, and the carry,
+    spread over the exponent, makes a NaN.
+    """
+    lines = [".reg .b32 lo, hi, t;"]
+    for half, selector in (("lo", "0x9180"), ("hi", "0xb3a2")):
+        lines += [
+            f"prmt.b32 {half}, $2, 0, {selector};",
+            f"shl.b32 {half}, {half}, {shift};",
+            f"and.b32 {half}, {half}, {mask * 0x10001};",
+            f"add.u32 t, {half}, {ulp * 0x10001};",
+            f"and.b32 t, t, {carry * 0x10001};",
+            f"mad.lo.u32 {half}, t, {spread}, {half};",
+        ]
+    return "\n".join(lines)
+
+
+_UNPACK_BF16 = _unpack(4, 0x87F0, 0x10, 0x800, 15)  # value * 2^-120
+_UNPACK_FP16 = _unpack(7, 0xBF80, 0x80, 0x4000, 1)  # value * 2^-8
+_LIFT = """.reg .b32 lift, zero;
+mov.b32 lift, 0x7b807b80;
+mov.b32 zero, 0x80008000;
+fma.rn.bf16x2 lo, lo, lift, zero;
+fma.rn.bf16x2 hi, hi, lift, zero;
+"""
+_NATIVE = """.reg .b16 a, b, p, q;
+.reg .f32 f, g;
+.reg .b32 x, lo, hi, zero;
+mov.b32 zero, 0x80008000;
+mov.b32 {a, b}, $2;
+cvt.rn.f16x2.e4m3x2 x, a;
+mov.b32 {p, q}, x;
+cvt.f32.f16 f, p;
+cvt.f32.f16 g, q;
+cvt.rn.bf16x2.f32 lo, g, f;
+cvt.rn.f16x2.e4m3x2 x, b;
+mov.b32 {p, q}, x;
+cvt.f32.f16 f, p;
+cvt.f32.f16 g, q;
+cvt.rn.bf16x2.f32 hi, g, f;
+"""
+# The scales of four codes come as $3 to $6, each twice in 32 bits; a pair shares one.
+_SCALE_BF16 = "fma.rn.bf16x2 $0, lo, $3, zero;\nfma.rn.bf16x2 $1, hi, $5, zero;"
+_SCALE_FP16 = "mul.f16x2 $0, lo, $3;\nmul.f16x2 $1, hi, $5;"
+VALUES_ASM = tl.constexpr(
+    "{" + _UNPACK_BF16 + _LIFT + "mov.b32 $0, lo;\nmov.b32 $1, hi;}"
+)
+NATIVE_VALUES_ASM = tl.constexpr(
+    "{.reg .b16 a, b;\nmov.b32 {a, b}, $2;\n"
+    "cvt.rn.f16x2.e4m3x2 $0, a;\ncvt.rn.f16x2.e4m3x2 $1, b;}"
+)
+BF16_ASM = tl.constexpr("{" + _UNPACK_BF16 + _LIFT + _SCALE_BF16 + "}")
+FP16_ASM = tl.constexpr("{" + _UNPACK_FP16 + _SCALE_FP16 + "}")
+NATIVE_BF16_ASM = tl.constexpr("{" + _NATIVE + _SCALE_BF16 + "}")
+SCALED = tl.constexpr("=r,=r,r,r,r,r,r")
+
+
+@triton.jit
+def _power_of_two(byte):
+    """fp32 of a scale byte, 2^(byte - 127); 255 is NaN."""
+    bits = tl.maximum(byte << 23, 1 << 22) + ((byte + 1) >> 8)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _values(codes, DECODE: tl.constexpr):
+    """fp32 of e4m3 codes in uint8."""
+    if DECODE == "plain":
+        code = codes.to(tl.int32)
+        exponent = (code >> 3) & 15
+        mantissa = (code & 7) + tl.where(exponent > 0, 8, 0)
+        value = mantissa * tl.exp2(tl.maximum(exponent, 1).to(tl.float32) - 10)
+        value = tl.where(code & 127 == 127, float("nan"), value)
+        return tl.where(code > 127, -value, value)
+    elif DECODE == "native":
+        return tl.inline_asm_elementwise(
+            NATIVE_VALUES_ASM, "=r,=r,r", [codes], tl.float16, True, 4
+        ).to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            VALUES_ASM, "=r,=r,r", [codes], tl.bfloat16, True, 4
+        ).to(tl.float32)
+
+
+@triton.jit
+def _weights(codes, byte, dtype: tl.constexpr, DECODE: tl.constexpr):
+    """Codes [N, K] times their scales, int32 [N, K / 32], rounded to `dtype`."""
+    N: tl.constexpr = codes.shape[0]
+    K: tl.constexpr = codes.shape[1]
+    if DECODE == "plain":
+        scale = _power_of_two(byte)
+    elif dtype == tl.bfloat16:
+        bits = tl.maximum(byte << 7, 1 << 6) + ((byte + 1) >> 8)
+        scale = bits * 0x10001
+    else:
+        # 2^(byte - 119) in fp16: subnormal below byte 105, infinite from 135.
+        normal = tl.minimum((byte - 104) << 10, 31 << 10)
+        small = (1 << tl.maximum(byte - 95, 0)) - tl.where(byte < 95, 1, 0)
+        bits = tl.where(byte < 105, small, normal) + ((byte + 1) >> 8)
+        scale = bits * 0x10001
+    scale = tl.broadcast_to(scale[:, :, None], (N, K // GROUP, GROUP)).reshape(N, K)
+    asm: tl.constexpr = NATIVE_BF16_ASM if DECODE == "native" else BF16_ASM
+    if DECODE == "plain":
+        return _values(codes, DECODE) * scale
+    elif dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            FP16_ASM, SCALED, [codes, scale], tl.float16, True, 4
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            asm, SCALED, [codes, scale], tl.bfloat16, True, 4
+        )
+
+
+@triton.jit
+def _finish(sums, at, inside, place, counter):
+    """Store a tile of sums; with several parts, the last one stores the sum of all."""
+    SIZE: tl.constexpr = sums.numel
+    dtype = at.dtype.element_ty
+    parts = tl.num_programs(1)
+    if parts == 1:
+        tl.store(at, sums.to(dtype), mask=inside)
+    else:
+        part = tl.program_id(1)
+        tl.store(place + part * SIZE, sums)
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+            # Past the L1 cache, which may hold what another launch has left there.
+            total = tl.load(place, cache_modifier=".cg")
+            for other in range(1, parts):
+                total += tl.load(place + other * SIZE, cache_modifier=".cg")
+            tl.store(at, total.to(dtype), mask=inside)
+            tl.store(counter, 0)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _sum_kernel(
+    x,
+    w,
+    s,
+    out,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_s,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """One row of x and BN rows of W a program; the scale goes onto each group's sum."""
+    program = tl.program_id(0)
+    m = (program % M).to(tl.int64)
+    n = program // M * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    k = tl.arange(0, BK)
+    g = tl.arange(0, BK // GROUP)
+    x += m * stride_x
+    w_at = w + row[:, None] * stride_w + k[None, :]
+    s_at = s + row[:, None] * stride_s + g[None, :]
+    sums = tl.zeros((BN, BK // GROUP), tl.float32)
+    for start in range(0, K, BK):
+        inside = k < (BK if EVEN else K - start)
+        groups_inside = g * GROUP < (BK if EVEN else K - start)
+        codes = tl.load(
+            w_at + start,
+            mask=inside[None, :],
+            other=0,
+            eviction_policy="evict_first",
+        )
+        tokens = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
+        byte = tl.load(s_at + start // GROUP, mask=groups_inside[None, :], other=0)
+        terms = _values(codes, DECODE) * tokens[None, :]
+        group_sums = tl.sum(terms.reshape(BN, BK // GROUP, GROUP), axis=2)
+        sums += group_sums * _power_of_two(byte.to(tl.int32))
+    total = tl.sum(sums, axis=1)
+    tl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _dot_kernel(
+    x,
+    w,
+    s,
+    out,
+    partial,
+    counters,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_w,
+    stride_s,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    WEIGHT_LEFT: tl.constexpr,
+    STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """A [BM, BN] tile, or what a part of K adds to it, a program."""
+    GROUPS: tl.constexpr = BK // GROUP
+    tile = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BM)
+    m = tile % tiles_m * BM + tl.arange(0, BM)
+    n = tile // tiles_m * BN + tl.arange(0, BN)
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    k = tl.arange(0, BK)
+    g = tl.arange(0, GROUPS)
+    w_at = w + row[:, None] * stride_w + k[None, :]
+    s_at = s + row[:, None] * stride_s + g[None, :]
+    x_at = x + m[:, None].to(tl.int64) * stride_x + k[None, :]
+    rows_inside = m[:, None] < M
+
+    blocks = tl.cdiv(K, BK)
+    blocks_a_part = tl.cdiv(blocks, tl.num_programs(1))
+    first = tl.program_id(1) * blocks_a_part
+    last = tl.minimum(first + blocks_a_part, blocks)
+    if WEIGHT_LEFT:
+        sums = tl.zeros((BN, BM), tl.float32)
+    else:
+        sums = tl.zeros((BM, BN), tl.float32)
+    # Scales are too small for asynchronous copies: they are loaded one block ahead.
+    ahead = tl.minimum(first, blocks - 1) * GROUPS
+    byte = tl.load(s_at + ahead, mask=g[None, :] < K // GROUP - ahead, other=0)
+    for block in tl.range(first, last, num_stages=STAGES):
+        start = block * BK
+        inside = k[None, :] < (BK if EVEN else K - start)
+        codes = tl.load(
+            w_at + start, mask=inside, other=0, eviction_policy="evict_first"
+        )
+        tokens = tl.load(x_at + start, mask=rows_inside & inside, other=0.0)
+        scale = byte.to(tl.int32)
+        ahead = tl.minimum(block + 1, last - 1) * GROUPS
+        groups_inside = g[None, :] < (GROUPS if EVEN else K // GROUP - ahead)
+        byte = tl.load(s_at + ahead, mask=groups_inside, other=0)
+        weights = _weights(codes, scale, x.dtype.element_ty, DECODE)
+        tokens = tokens.to(weights.dtype)
+        if WEIGHT_LEFT:
+            sums = tl.dot(weights, tokens.T, sums, input_precision="ieee")
+        else:
+            sums = tl.dot(tokens, weights.T, sums, input_precision="ieee")
+    if WEIGHT_LEFT:
+        sums = sums.T
+    at = out + m[:, None].to(tl.int64) * N + n[None, :]
+    inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    place = partial + tile.to(tl.int64) * (tl.num_programs(1) * BM * BN) + inner
+    _finish(sums, at, rows_inside & (n[None, :] < N), place, counters + tile)
+
+
+@triton.jit
+def _decode_kernel(
+    w,
+    s,
+    out,
+    N,
+    K,
+    stride_w,
+    stride_s,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    DECODE: tl.constexpr,
+):
+    """The weights of a [BN, BK] tile a program."""
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    start = tl.program_id(0) * BK
+    k = start + tl.arange(0, BK)
+    g = start // GROUP + tl.arange(0, BK // GROUP)
+    row = n[:, None].to(tl.int64)
+    inside = (n[:, None] < N) & (k[None, :] < K)
+    groups_inside = (n[:, None] < N) & (g[None, :] < K // GROUP)
+    codes = tl.load(w + row * stride_w + k[None, :], mask=inside, other=0)
+    byte = tl.load(s + row * stride_s + g[None, :], mask=groups_inside, other=0)
+    weights = _weights(codes, byte.to(tl.int32), out.dtype.element_ty, DECODE)
+    tl.store(out + row * K + k[None, :], weights, mask=inside)
+
+
+class Tiling(NamedTuple):
+    """Sizes of a program's tile, of one step along K, and how it is run."""
+
+    bm: int
+    bn: int
+    bk: int
+    weight_left: bool
+    warps: int
+    stages: int
+    programs: int  # a multiprocessor, up to which K is split
+
+
+# Up to this M: what was fastest on an H100 (benchmark/results/mxfp8_weight_only_h100.md).
+TILINGS = {
+    16: Tiling(16, 32, 128, False, 2, 3, 6),
+    32: Tiling(32, 64, 128, False, 4, 3, 3),
+    64: Tiling(64, 64, 128, True, 4, 3, 2),
+    128: Tiling(128, 64, 64, False, 4, 3, 2),
+}
+
+
+def tiling_and_parts(
+    m: int, n: int, k: int, multiprocessors: int
+) -> Tuple[Tiling, int]:
+    """The tiling of a product, and into how many parts its K is split."""
+    tiling = next((TILINGS[limit] for limit in TILINGS if m <= limit), TILINGS[128])
+    tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
+    # A part costs its sums' way through memory; with few tiles it costs less than it gives.
+    least = 4 if 2 * tiles < multiprocessors else 8
+    parts = min(
+        tiling.programs * multiprocessors // tiles,
+        triton.cdiv(k, tiling.bk) // least,
+        8,
+    )
+    return tiling, max(1, parts)
+
+
+def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[M, N] in x's dtype, bf16 or fp16; M, N >= 1, otherwise as `weight_only_linear`."""
+    m, k = x.shape
+    n = weight.shape[0]
+    out = x.new_empty(m, n)
+    weight = weight.view(torch.uint8)  # Triton has no e4m3 on SM80
+    sizes = (m, n, k, x.stride(0), weight.stride(0), scale.stride(0))
+    decode = _decoder(x.device)
+    if m == 1:
+        bk = next((size for size in (2048, 1024) if k % size == 0), 512)
+        bn = 4 if bk == 2048 else 8
+        _sum_kernel[(triton.cdiv(n, bn) * m,)](
+            x, weight, scale, out, *sizes, bn, bk, k % bk == 0, decode, num_warps=4
+        )
+        return out
+    tiling, parts = tiling_and_parts(m, n, k, _multiprocessors(x.device))
+    tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
+    partial = counters = out
+    if parts > 1:
+        size = tiles * parts * tiling.bm * tiling.bn
+        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        counters = _counters(x.device)
+    _dot_kernel[(tiles, parts)](
+        x,
+        weight,
+        scale,
+        out,
+        partial,
+        counters,
+        *sizes,
+        *tiling[:3],
+        tiling.weight_left,
+        tiling.stages,
+        k % tiling.bk == 0,
+        decode,
+        num_warps=tiling.warps,
+    )
+    return out
+
+
+def decode_into(out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write the decoded weight to `out`, contiguous [N, K], bf16 or fp16."""
+    n, k = weight.shape
+    _decode_kernel[(triton.cdiv(k, 256), triton.cdiv(n, 16))](
+        weight.view(torch.uint8),
+        scale,
+        out,
+        n,
+        k,
+        weight.stride(0),
+        scale.stride(0),
+        16,
+        256,
+        _decoder(out.device),
+    )
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":  # interpreted
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _decoder(device: torch.device) -> str:
+    if device.type != "cuda":  # the interpreter knows no PTX
+        return "plain"
+    native = torch.cuda.get_device_capability(device) >= (8, 9)
+    return "native" if native else "integer"
+
+
+_COUNTERS: Dict[Tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _counters(device: torch.device) -> torch.Tensor:
+    """Zeros that every launch leaves zero; launches on one stream do not overlap."""
+    if device.type != "cuda":
+        return torch.zeros(COUNTERS, dtype=torch.int32)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    counters = _COUNTERS.get((device, stream))
+    if counters is None:
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            # While captured they are zeroed by the graph, and only when it runs.
+            _COUNTERS[device, stream] = counters
+    return counters
