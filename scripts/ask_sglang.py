@@ -23,9 +23,8 @@ def _quietly() -> Iterator[None]:
     level, stdout = logging.root.manager.disable, os.dup(1)
     logging.disable(logging.WARNING)
     try:
-        with open(os.devnull, "wb") as nowhere, warnings.catch_warnings(
-            action="ignore"
-        ):
+        with open(os.devnull, "wb") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             os.dup2(nowhere.fileno(), 1)
             yield
     finally:
@@ -37,32 +36,24 @@ def _quietly() -> Iterator[None]:
 if not torch.cuda.is_available():
     sys.path.insert(0, str(Path(__file__).resolve().parent / "cpu_stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-try:
-    with _quietly():
-        # On a CPU some models cannot be imported, for kernels that are not called here;
-        # rotary embeddings can, and elsewhere ask for kernels when they are built.
-        import sglang.srt.layers.rotary_embedding  # noqa: F401
-        from sglang.srt.configs.load_config import LoadConfig
-        from sglang.srt.configs.model_config import ModelConfig
-        from sglang.srt.layers.dp_attention import initialize_dp_attention
-        from sglang.srt.layers.quantization.fp8 import Fp8Config
-        from sglang.srt.layers.quantization.mxfp8.names import Layer, ask_model
-        from sglang.srt.layers.quantization.mxfp8.numerics import (  # noqa: F401
-            quantize,
-        )
-        from sglang.srt.model_loader.loader import _initialize_model
-        from sglang.srt.server_args import (
-            ServerArgs,
-            set_global_server_args_for_scheduler,
-        )
-        from sglang.test.mxfp8_utils import init_single_process_parallel_state
+with _quietly():
+    # On a CPU some models cannot be imported, for kernels that are not called here;
+    # rotary embeddings can, and elsewhere ask for kernels when they are built.
+    import sglang.srt.layers.rotary_embedding  # noqa: F401
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.layers.quantization.mxfp8.names import Layer, ask_model
+    from sglang.srt.layers.quantization.mxfp8.numerics import quantize  # noqa: F401
+    from sglang.srt.model_loader.loader import _initialize_model
+    from sglang.srt.server_args import (
+        ServerArgs,
+        set_global_server_args_for_scheduler,
+    )
+    from sglang.test.mxfp8_utils import init_single_process_parallel_state, mxfp8_config
 
-        with mock.patch("sglang.srt.utils.is_cpu", lambda: False):
-            import sglang.srt.models.registry  # noqa: F401
-except ModuleNotFoundError as error:
-    raise CheckpointError(
-        f"the patched sglang is not installed here ({error}): run ./scripts/setup.sh"
-    ) from error
+    with mock.patch("sglang.srt.utils.is_cpu", lambda: False):
+        import sglang.srt.models.registry  # noqa: F401
 
 
 def quantizable_layers(source: Path, tensors: Sequence[Tensor]) -> List[Layer]:
@@ -90,8 +81,8 @@ def _ask(source: Path, shapes: dict) -> List[Layer]:
     set_global_server_args_for_scheduler(args)
     config = ModelConfig.from_server_args(args)
     initialize_dp_attention(args, config)
-    quantization = Fp8Config(is_checkpoint_fp8_serialized=True, use_mxfp8=True)
     # Its loader for CPUs does not take a bias.
     with mock.patch("sglang.srt.layers.moe.fused_moe_triton.layer._is_cpu", False):
-        names = ask_model(_initialize_model, config, LoadConfig(), quantization, shapes)
+        build = _initialize_model, config, LoadConfig(), mxfp8_config()
+        names = ask_model(*build, shapes)
     return [layer for layer in names.layers if layer.tensors]

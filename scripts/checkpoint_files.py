@@ -6,11 +6,10 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, List, Tuple
+from typing import Iterator, List, Tuple
 
 from safetensors import SafetensorError, safe_open
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
@@ -38,18 +37,15 @@ class Tensor:
         return math.prod(self.shape) * (int(bits[1]) if bits else 8) // 8
 
 
-def read_config(source: Path) -> dict:
-    if not (source / CONFIG).is_file():
-        raise CheckpointError(
-            f"{source} has no {CONFIG}: give the directory of a Hugging Face checkpoint"
-        )
-    return read_json(source / CONFIG)
-
-
 def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}: give the directory of a Hugging Face "
+            "checkpoint"
+        ) from error
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is not JSON ({error}): fetch it again"
         ) from error
@@ -61,7 +57,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_headers(source: Path) -> List[Tensor]:
     """The checkpoint's tensors, file by file; of two of a name, the one in the index."""
-    weight_map: Dict[str, str] = {}
+    weight_map = {}
     if (source / INDEX).is_file():
         weight_map = read_json(source / INDEX).get("weight_map", {})
     elif not (source / SINGLE_FILE).is_file():
@@ -77,11 +73,10 @@ def read_headers(source: Path) -> List[Tensor]:
                     header = shard.get_slice(name)
                     shape = tuple(header.get_shape())
                     tensors.append(Tensor(name, file, header.get_dtype(), shape))
-    missing = sorted(weight_map.keys() - {tensor.name for tensor in tensors})
-    if missing:
+    for name in sorted(weight_map.keys() - {tensor.name for tensor in tensors}):
         raise CheckpointError(
-            f"{weight_map[missing[0]]} lacks {missing[0]}, which {INDEX} puts there: "
-            "fetch the checkpoint again"
+            f"{weight_map[name]} lacks {name}, which {INDEX} puts there: fetch the "
+            "checkpoint again"
         )
     return tensors
 

@@ -14,7 +14,8 @@ are the same in every format, names and configs are not:
 
 Everything is checked before anything is written. Tensors are streamed: memory holds one
 output shard (twice, while it is saved) and one tensor, whatever the model's size. Exits
-with 2 and one line on stderr for what cannot be converted.
+with 2 and one line on stderr for what cannot be converted. Needs .venv
+(./scripts/setup.sh); no GPU.
 """
 
 from in_venv import run_in_venv
@@ -23,27 +24,26 @@ if __name__ == "__main__":
     run_in_venv()
 
 import argparse
-import contextlib
+import itertools
 import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Container, Iterator, Sequence, Tuple
 
 import torch
 from checkpoint_files import (
-    CONFIG,
     INDEX,
-    SINGLE_FILE,
     CheckpointError,
     Tensor,
     open_shard,
-    read_config,
     read_headers,
+    read_json,
     write_json,
 )
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from mxfp8_choice import choose, own_list
-from mxfp8_config import FORMATS, GROUP_SIZE, HF_QUANT_CONFIG
+from mxfp8_config import CONFIG, GROUP_SIZE, HF_QUANT_CONFIG, SCALE_SUFFIXES, describe
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from staging import staged_directory
@@ -58,100 +58,72 @@ CHUNK_ELEMENTS = 1 << 24
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_args(argv)
     try:
-        convert(
-            args.input,
-            args.output,
-            format=args.format,
-            ignore=args.ignore,
-            max_shard_bytes=args.max_shard_size,
-            device=args.device,
-            overwrite=args.overwrite,
-        )
+        print(convert(args))
+        return 0
     except CheckpointError as error:
         reason = str(error)
     except (OSError, SafetensorError) as error:
         reason = f"{args.output} was not written: {error}"
-    else:
-        return 0
     print(f"convert_to_mxfp8: {' '.join(reason.split())}", file=sys.stderr)
     return 2
 
 
-def convert(
-    source: Path,
-    output: Path,
-    format: str = "sglang",
-    ignore: Sequence[str] = (),
-    max_shard_bytes: int = 2 * 10**9,
-    device: str = "cpu",
-    overwrite: bool = False,
-) -> None:
-    """Convert the checkpoint in `source` and put the result at `output`, all or nothing.
+def convert(args: argparse.Namespace) -> str:
+    """Convert the checkpoint in args.input and put the result at args.output, all or
+    nothing; returns what was done.
 
-    `format` is a name in FORMATS.
-
-    Raises CheckpointError before writing where the input, the patterns in `ignore` or
-    the output directory do not allow it, and while converting where a weight is not
-    finite or a file is damaged. Raises OSError or SafetensorError where the output
-    cannot be written.
+    Raises CheckpointError before writing where the input, the patterns or the output
+    directory do not allow it, and while converting where a weight is not finite or a
+    file is damaged; OSError or SafetensorError where the output cannot be written.
     """
-    _check_paths(source, output, overwrite)
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    source, output = args.input, args.output
+    _check_paths(source, output, args.overwrite)
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("no CUDA device is visible: leave --device cuda out")
-    config = read_config(source)
+    config = read_json(source / CONFIG)
     tensors = read_headers(source)
     _refuse_quantized(source, config, tensors)
-    choice = choose(source, tensors, ignore)
-    form = FORMATS[format]
-    listed = own_list(choice) if format == "sglang" else sorted(choice.kept)
-    config["quantization_config"], sidecars = form.describe(listed)
-    shards = _plan_shards(tensors, choice.converted, max_shard_bytes)
-
+    choice = choose(source, tensors, args.ignore)
+    listed = own_list(choice) if args.format == "sglang" else sorted(choice.kept)
+    settings = describe(args.format, listed)
+    config["quantization_config"] = settings[CONFIG]
+    plan = _plan_shards(tensors, choice.converted, args.max_shard_size)
     with staged_directory(output) as staging:
-        size = 0
-        weight_map: Dict[str, str] = {}
+        weight_map = {}
         with tqdm(total=len(tensors), unit="tensor", desc="Converting") as progress:
-            for number, shard in enumerate(shards, start=1):
-                file = _shard_name(number, len(shards))
+            for file, names in plan.filename_to_tensors.items():
                 content = {}
-                for tensor, value in _read_tensors(source, shard):
+                for tensor, value in _read_tensors(source, tensors, set(names)):
                     if tensor.name in choice.converted:
-                        value, scale = _quantize(tensor, value, device)
-                        content[f"{tensor.name}{form.scale_suffix}"] = scale
+                        value, scale = _quantize(tensor, value, args.device)
+                        content[tensor.name + SCALE_SUFFIXES[args.format]] = scale
                     content[tensor.name] = value
                     progress.update()
                 save_file(content, staging / file, metadata={"format": "pt"})
                 weight_map.update(dict.fromkeys(content, file))
-                size += sum(value.nbytes for value in content.values())
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": weight_map}
             write_json(staging / INDEX, index)
         # The tokenizer and whatever else there is, but no weights.
         skipped = shutil.ignore_patterns(*WEIGHT_FILES, ".git", ".cache")
         shutil.copytree(source, staging, ignore=skipped, dirs_exist_ok=True)
-        for file, settings in {CONFIG: config, **sidecars}.items():
-            write_json(staging / file, settings)
-
+        for file, content in {**settings, CONFIG: config}.items():
+            write_json(staging / file, content)
     before, linears = sum(tensor.bytes for tensor in tensors), len(choice.converted)
-    print(
-        f"{output}: {linears} linears in MXFP8, {len(tensors) - linears} "
-        f"tensors as they were, {before / 1e6:.0f} MB became {size / 1e6:.0f} MB"
+    return (
+        f"{output}: {linears} linears in MXFP8, {len(tensors) - linears} tensors as they "
+        f"were, {before / 1e6:.0f} MB became {plan.metadata['total_size'] / 1e6:.0f} MB"
     )
 
 
 def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("input", type=Path, help="Hugging Face checkpoint directory")
-    parser.add_argument("output", type=Path, help="directory to create")
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        default="sglang",
-        help="whose names and configs to write (default: %(default)s)",
-    )
-    parser.add_argument(
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("input", type=Path, help="Hugging Face checkpoint directory")
+    add("output", type=Path, help="directory to create")
+    add("--format", choices=SCALE_SUFFIXES, default="sglang", help="default: sglang")
+    add(
         "--ignore",
         action="append",
         default=[],
@@ -159,30 +131,11 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="keep matching linears as they are, e.g. '*.down_proj' or "
         "'model.layers.0.*' (module names, without .weight; repeatable)",
     )
-    parser.add_argument(
-        "--max-shard-size",
-        type=_parse_size,
-        default="2GB",
-        metavar="SIZE",
-        help="largest output file, e.g. 500MB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where to quantize"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace an existing output directory"
-    )
+    size = "largest output file, e.g. 500MB (default: 2GB)"
+    add("--max-shard-size", default="2GB", metavar="SIZE", help=size)
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where to quantize")
+    add("--overwrite", action="store_true", help="replace an existing output directory")
     return parser.parse_args(argv)
-
-
-def _parse_size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    size = match and int(
-        float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()]
-    )
-    if not size:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: say 500MB or 2GB")
-    return size
 
 
 def _check_paths(source: Path, output: Path, overwrite: bool) -> None:
@@ -202,7 +155,7 @@ def _check_paths(source: Path, output: Path, overwrite: bool) -> None:
         )
 
 
-def _refuse_quantized(source: Path, config: dict, tensors: List[Tensor]) -> None:
+def _refuse_quantized(source: Path, config: dict, tensors: Sequence[Tensor]) -> None:
     declared = config.get("quantization_config") or config.get("compression_config")
     if declared:
         found = f"{CONFIG}: {declared.get('quant_method')}"
@@ -224,37 +177,33 @@ def _refuse_quantized(source: Path, config: dict, tensors: List[Tensor]) -> None
 
 
 def _plan_shards(
-    tensors: Sequence[Tensor], converted: Iterable[str], max_bytes: int
-) -> List[List[Tensor]]:
-    shards: List[List[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        length = tensor.bytes
-        if tensor.name in converted:
-            values = tensor.shape[0] * tensor.shape[1]
-            length = values + values // GROUP_SIZE
-        if shards[-1] and size + length > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += length
-    return shards
+    tensors: Sequence[Tensor], converted: Container[str], max_size: str
+) -> StateDictSplit:
+    def size(tensor: Tensor) -> int:
+        if tensor.name not in converted:
+            return tensor.bytes
+        values = tensor.shape[0] * tensor.shape[1]
+        return values + values // GROUP_SIZE
 
-
-def _shard_name(number: int, total: int) -> str:
-    return SINGLE_FILE if total == 1 else f"model-{number:05}-of-{total:05}.safetensors"
+    try:
+        return split_state_dict_into_shards_factory(
+            {tensor.name: tensor for tensor in tensors},
+            get_storage_size=size,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_size,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"--max-shard-size: {error}: say 500MB or 2GB") from error
 
 
 def _read_tensors(
-    source: Path, shard: Sequence[Tensor]
+    source: Path, tensors: Sequence[Tensor], names: Container[str]
 ) -> Iterator[Tuple[Tensor, torch.Tensor]]:
-    with contextlib.ExitStack() as stack:
-        files = {
-            name: stack.enter_context(open_shard(source / name))
-            for name in dict.fromkeys(tensor.file for tensor in shard)
-        }
-        for tensor in shard:
-            yield tensor, files[tensor.file].get_tensor(tensor.name)
+    wanted = [tensor for tensor in tensors if tensor.name in names]
+    for file, group in itertools.groupby(wanted, lambda tensor: tensor.file):
+        with open_shard(source / file) as shard:
+            for tensor in group:
+                yield tensor, shard.get_tensor(tensor.name)
 
 
 def _quantize(

@@ -31,8 +31,12 @@ def choose(source: Path, tensors: List[Tensor], ignore: Sequence[str]) -> Choice
 
     Raises CheckpointError where sglang could not load, or MXFP8 not hold, the result.
     """
-    from ask_sglang import quantizable_layers  # imports sglang
-
+    try:
+        from ask_sglang import quantizable_layers  # imports sglang
+    except ModuleNotFoundError as error:
+        raise CheckpointError(
+            f"the patched sglang is not installed here ({error}): run ./scripts/setup.sh"
+        ) from error
     for tensor in tensors:
         if _is_weight(tensor) and not tensor.bytes:
             raise CheckpointError(

@@ -1,104 +1,63 @@
 """What the configs of an MXFP8 checkpoint say, in each format."""
 
-from dataclasses import dataclass
-from typing import Callable, Dict, List, Sequence, Tuple
+from typing import Dict, Sequence
 
 GROUP_SIZE = 32
+CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
+SCALE_SUFFIXES = {
+    "sglang": "_scale_inv",
+    "modelopt": "_scale",
+    "compressed-tensors": "_scale",
+}
 
 
-@dataclass(frozen=True)
-class Format:
-    """The name of a weight's scale, and the configs for a list of modules in bf16.
+def describe(form: str, kept: Sequence[str]) -> Dict[str, dict]:
+    """The `quantization_config` of config.json for a list of modules in bf16, and what
+    else is written beside it, by file name."""
+    if form == "sglang":
+        return {CONFIG: _sglang(kept)}
+    # A head that is tied, and so has no tensor, is listed too.
+    has_head = any(f".{name}".endswith(".lm_head") for name in kept)
+    listed = sorted(kept if has_head else [*kept, "lm_head"])
+    if form == "modelopt":
+        return _modelopt(listed)
+    return {CONFIG: _compressed_tensors(listed)}
 
-    `describe` gives the `quantization_config` of config.json, and what else to write
-    beside it, by file name.
-    """
 
-    scale_suffix: str
-    describe: Callable[[Sequence[str]], Tuple[dict, Dict[str, dict]]]
-
-
-def _sglang(kept: Sequence[str]) -> Tuple[dict, Dict[str, dict]]:
-    config = {
+def _sglang(kept: Sequence[str]) -> dict:
+    return {
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
         "weight_block_size": [1, GROUP_SIZE],
         "scale_fmt": "ue8m0",
         "modules_to_not_convert": sorted(kept),
     }
-    return config, {}
 
 
-def _modelopt(kept: Sequence[str]) -> Tuple[dict, Dict[str, dict]]:
+def _modelopt(kept: Sequence[str]) -> Dict[str, dict]:
     # Readers look at the producer; the version is that whose form is followed here.
     producer = {"name": "modelopt", "version": "0.47.0"}
-    config = {
-        "ignore": _with_head(kept),
-        "quant_algo": "MXFP8",
-        "producer": producer,
-        "quant_method": "modelopt",
-    }
-    quantization = {
-        "quant_algo": "MXFP8",
-        "kv_cache_quant_algo": None,
-        "group_size": GROUP_SIZE,
-        "exclude_modules": _with_head(kept),
-    }
-    return config, {
-        HF_QUANT_CONFIG: {"producer": producer, "quantization": quantization}
-    }
+    config = {"ignore": kept, "quant_algo": "MXFP8"}
+    config |= {"producer": producer, "quant_method": "modelopt"}
+    quantization = {"quant_algo": "MXFP8", "kv_cache_quant_algo": None}
+    quantization |= {"group_size": GROUP_SIZE, "exclude_modules": kept}
+    sidecar = {"producer": producer, "quantization": quantization}
+    return {CONFIG: config, HF_QUANT_CONFIG: sidecar}
 
 
-def _compressed_tensors(kept: Sequence[str]) -> Tuple[dict, Dict[str, dict]]:
-    group = {
-        "format": "mxfp8-quantized",
-        "input_activations": _quantization_args(dynamic=True, observer=None),
-        "output_activations": None,
-        "targets": ["Linear"],
-        "weights": _quantization_args(dynamic=False, observer="memoryless_minmax"),
-    }
-    config = {
-        "config_groups": {"group_0": group},
-        "format": "mxfp8-quantized",
-        "global_compression_ratio": None,
-        "ignore": _with_head(kept),
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        # The version of the library whose form this is.
-        "version": "0.15.0.1",
-    }
-    return config, {}
+def _compressed_tensors(kept: Sequence[str]) -> dict:
+    import compressed_tensors
+    from compressed_tensors import quantization
 
-
-def _with_head(kept: Sequence[str]) -> List[str]:
-    """The names sorted; a head that is tied, and so has no tensor, is listed too."""
-    has_head = any(f".{name}".endswith(".lm_head") for name in kept)
-    return sorted(kept if has_head else [*kept, "lm_head"])
-
-
-def _quantization_args(dynamic: bool, observer: str | None) -> dict:
-    return {
-        "actorder": None,
-        "block_structure": None,
-        "dynamic": dynamic,
-        "group_size": GROUP_SIZE,
-        "num_bits": 8,
-        "observer": observer,
-        "observer_kwargs": {},
-        "scale_dtype": "torch.uint8",
-        "strategy": "group",
-        "symmetric": True,
-        "type": "float",
-        "zp_dtype": None,
-    }
-
-
-FORMATS = {
-    "sglang": Format("_scale_inv", _sglang),
-    "modelopt": Format("_scale", _modelopt),
-    "compressed-tensors": Format("_scale", _compressed_tensors),
-}
+    form = "mxfp8-quantized"
+    scheme = quantization.preset_name_to_scheme("MXFP8", ["Linear"])
+    config = quantization.QuantizationConfig(
+        config_groups={"group_0": scheme.model_copy(update={"format": form})},
+        quantization_status=quantization.QuantizationStatus.COMPRESSED,
+        format=form,
+        ignore=kept,
+    )
+    version = compressed_tensors.__version__
+    others = {"version": version, "sparsity_config": {}, "transform_config": {}}
+    return {**config.model_dump(mode="json"), **others}

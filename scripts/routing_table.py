@@ -17,10 +17,10 @@ if __name__ == "__main__" and importlib.util.find_spec("sglang") is None:
 import torch
 
 from sglang.srt.layers.quantization.mxfp8.routing import (
-    BF16,
     CUTLASS,
     TRITON,
     TRTLLM,
+    WEIGHT_ONLY,
     Mxfp8LinearOptions,
     select_mxfp8_linear_backend,
 )
@@ -54,7 +54,7 @@ def table() -> str:
 def _row(name: str, n: int, k: int) -> str:
     choices = [
         select_mxfp8_linear_backend(
-            Mxfp8LinearOptions(preferred, (TRTLLM, CUTLASS, TRITON)),
+            Mxfp8LinearOptions(preferred, (TRTLLM, CUTLASS, TRITON, WEIGHT_ONLY)),
             *(n, k, torch.bfloat16),
         )
         for preferred in (TRTLLM, CUTLASS, TRITON)
@@ -66,7 +66,7 @@ def _row(name: str, n: int, k: int) -> str:
         name,
         f"[{n}, {k}]",
         backends[0],
-        "none" if trtllm.backend == BF16 else scale,
+        "none" if trtllm.backend == WEIGHT_ONLY else scale,
     ]
     return f"| {' | '.join([*cells, *backends[1:], trtllm.reason])} |"
 

@@ -112,7 +112,7 @@ start_server() {
     fi
     # A session of its own, so that all its processes can be stopped by one id.
     setsid "$VENV/bin/python" -m sglang.launch_server --model-path "$model" \
-        --fp8-gemm-backend flashinfer_trtllm --port "$port" "${device[@]}" \
+        --fp8-gemm-backend auto --port "$port" "${device[@]}" \
         "${arguments[@]}" >"$log" 2>&1 </dev/null &
     server=$!
     # Or bash would report its end, too.

@@ -1,5 +1,6 @@
 """scripts/serve.sh as a user runs it: a real model, a real server, a real answer."""
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "scripts" / "serve.sh"
+BF16 = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+QUESTION = "What is the capital of Japan?"
 
 
 @pytest.fixture
@@ -36,11 +39,25 @@ def run(port: int, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_served_model_knows_the_capital_of_japan(port):
-    result = run(port, "--ask", "What is the capital of Japan?")
-    assert result.returncode == 0, result.stderr
-    assert "Tokyo" in result.stdout
+    check_answer(run(port, "--ask", QUESTION))
     assert not answers(port)
 
+
+@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
+def test_other_formats_give_the_same_layers_and_answer(form, port, tmp_path):
+    model = tmp_path / form
+    convert = ROOT / "scripts" / "convert_to_mxfp8.py"
+    subprocess.run([convert, BF16, model, f"--format={form}"], check=True)
+    if form == "modelopt":  # whose older exports have hf_quant_config.json alone
+        config = json.loads((model / "config.json").read_text())
+        del config["quantization_config"]
+        (model / "config.json").write_text(json.dumps(config))
+    check_answer(run(port, "--model", str(model), "--ask", QUESTION))
+
+
+def check_answer(result: subprocess.CompletedProcess) -> None:
+    assert result.returncode == 0, result.stderr
+    assert "Tokyo" in result.stdout
     [layers] = re.findall("(?m)^MXFP8 linear layers: .*$", result.stderr)
     assert re.search(r"\d+ on flashinfer_cutlass .*; \d+ on flashinfer_trtllm", layers)
     readme = (ROOT / "README.md").read_text().splitlines()

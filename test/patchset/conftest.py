@@ -1,19 +1,5 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "scripts")]
-
-from small_upstream import (  # noqa: E402
-    CHECKOUT,
-    OVERLAY,
-    TOML,
-    UPSTREAM,
-    make_project,
-    write,
-)
+from small_upstream import CHECKOUT, OVERLAY, TOML, UPSTREAM, make_project, write
 
 
 @pytest.fixture

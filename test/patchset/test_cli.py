@@ -82,17 +82,13 @@ def test_diff_against_a_checkout(project, checkout, tmp_path):
     assert snapshot(checkout) == patched
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "file", "read-only"])
+@pytest.mark.parametrize("output", ["FOLDER/file/x", "/proc/x"])
 @pytest.mark.parametrize("command", ["diff", "wheel"])
-def test_an_output_that_cannot_be_written(command, kind, project, tmp_path, capsys):
+def test_an_output_that_cannot_be_written(command, output, project, tmp_path, capsys):
     (tmp_path / "file").touch()
-    names = {"folder": tmp_path, "file": tmp_path / "file/x", "read-only": "/proc/x"}
-    output = names.get(kind, tmp_path / "file/nope/x")
-    if (command, kind) == ("wheel", "folder"):
-        output = tmp_path / "file"
+    output = output.replace("FOLDER", str(tmp_path))
     said = refused(capsys, project, command, "--output", output)
     assert said.startswith("error: ") and said.count("\n") == 1  # before the work
-    assert kind == "read-only" or str(tmp_path) in said
 
 
 def test_apply_twice_changes_nothing_more(project, checkout, capsys):
@@ -243,16 +239,12 @@ def test_a_damaged_wheel_is_fetched_again(what, project, tmp_path, monkeypatch, 
 
 
 def test_a_fetched_wheel_of_another_sha256_is_refused(project, monkeypatch, capsys):
-    (project / WHEEL).unlink()
-
-    def other(version, folder):
-        (folder / "sglang-1.0-py3-none-any.whl").write_bytes(b"PK")
-        return folder / "sglang-1.0-py3-none-any.whl"
-
-    monkeypatch.setattr(release, "download", other)
-    assert "not upstream.toml's, as the package index" in refused(
-        capsys, project, "check"
-    )
+    wheel = (project / WHEEL).rename(project / "other.whl")
+    wheel.write_bytes(b"PK")
+    fetched = lambda version, folder: shutil.copy(wheel, folder / WHEEL[7:])
+    monkeypatch.setattr(release, "download", fetched)
+    said = refused(capsys, project, "check")
+    assert "not upstream.toml's, as the package index" in said
     assert not (project / WHEEL).exists()
 
 
@@ -320,10 +312,6 @@ def test_check_writes_nothing_and_imports_what_it_can(
     "code, error",
     [
         ("import os\n", "trick.py: ruff, isort or black would"),
-        (
-            "import sys\nimport os\n\nX = os, sys\n",
-            "trick.py: ruff, isort or black would",
-        ),
         ("X = [1,2]\n", "trick.py: ruff, isort or black would"),
         ("X = lambda: y\n", "trick.py: `y` is undefined"),
         ("X = int('x')\n", "sglang.trick: ValueError: invalid literal"),
@@ -339,9 +327,3 @@ def test_check_finds(code, error, project, monkeypatch, capsys):
     said = refused(capsys, project, "check", code=bool(error))
     assert error in said if error else "imported: 2 of 3 modules" in said
     assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("arguments", [["apply"], ["diff", "--pr", "x"], []])
-def test_usage(arguments, project):
-    with pytest.raises(SystemExit):
-        main(arguments, project)

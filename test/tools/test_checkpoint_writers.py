@@ -1,29 +1,27 @@
-"""convert_to_mxfp8.py --format against the libraries that write and read these formats.
+"""convert_to_mxfp8.py --format against what others write and read in these formats:
+compressed_tensors, which the server needs too, and ModelOpt, as it wrote once
+(benchmark/results/mxfp8_writers.md)."""
 
-compressed_tensors is one of the server's own requirements. ModelOpt is not: its part
-runs where nvidia-modelopt is installed, and what it wrote once is compared everywhere.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from checkpoints import (
+    make_synthetic_model,
+    quantization_config,
+    read_json,
+    read_tensors,
+    same_bytes,
+)
+from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationStatus,
     apply_quantization_config,
-    preset_name_to_scheme,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
 from convert_to_mxfp8 import main
-from make_synthetic_model import make_synthetic_model
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 # Kept as they are in the `mixed` checkpoints: a whole block, and one linear.
@@ -57,24 +55,6 @@ def mixed(form: str) -> list[str]:
     return [f"--format={form}", *(f"--ignore={pattern}" for pattern in IGNORED)]
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
-
-def quantization_config(path: Path) -> dict:
-    return read_json(path / "config.json")["quantization_config"]
-
-
-def tensors(path: Path) -> dict:
-    return load_file(path / "model.safetensors")
-
-
-def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.view(torch.uint8), right.view(torch.uint8)
-    )
-
-
 def dequantized(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """e4m3 [N, K] times 2^(byte - 127) of uint8 [N, K/32], in fp64."""
     factor = torch.exp2(scale.double() - 127).repeat_interleave(32, dim=1)
@@ -84,8 +64,8 @@ def dequantized(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("arguments", [[], [f"--ignore={p}" for p in IGNORED]])
 @pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
 def test_every_format_has_the_same_bytes(convert, form, arguments):
-    ours = tensors(convert("--format=sglang", *arguments))
-    theirs = tensors(convert(f"--format={form}", *arguments))
+    ours = read_tensors(convert("--format=sglang", *arguments))
+    theirs = read_tensors(convert(f"--format={form}", *arguments))
     assert any(name.endswith("_scale_inv") for name in ours)
     renamed = {name.replace("_scale_inv", "_scale"): t for name, t in ours.items()}
     assert theirs.keys() == renamed.keys()
@@ -95,7 +75,7 @@ def test_every_format_has_the_same_bytes(convert, form, arguments):
 def test_lists_have_the_checkpoints_names_and_the_head(model, convert, tmp_path):
     tied = tmp_path / "tied"
     make_synthetic_model(tied)
-    assert "lm_head.weight" not in tensors(tied)
+    assert "lm_head.weight" not in read_tensors(tied)
     for form in ("modelopt", "compressed-tensors"):
         listed = quantization_config(convert(*mixed(form)))["ignore"]
         assert listed == sorted([*KEPT, "lm_head", "model.embed_tokens"])
@@ -137,24 +117,12 @@ def test_config_is_what_compressed_tensors_writes(compressed, convert):
     assert ours == theirs
 
 
-def test_compressed_tensors_reads_the_config_as_its_preset(convert):
-    path = convert(*mixed("compressed-tensors"))
-    config = QuantizationConfig.model_validate(quantization_config(path))
-    (scheme,) = config.config_groups.values()
-    preset = preset_name_to_scheme("MXFP8", ["Linear"])
-    for part in ("weights", "input_activations"):
-        ours, theirs = getattr(scheme, part), getattr(preset, part)
-        # What the library itself writes has no type for zero points: there are none.
-        assert ours == theirs.model_copy(update={"zp_dtype": ours.zp_dtype})
-    assert scheme.targets == preset.targets
-    assert config.quantization_status == QuantizationStatus.COMPRESSED
-    assert not config.requires_calibration_data()
-
-
 def test_tensors_are_those_of_compressed_tensors(model, compressed, convert):
     """Its scale is twice ours where amax is 448 * 2^n, and the same everywhere else."""
-    source = tensors(model)
-    ours, theirs = tensors(convert("--format=compressed-tensors")), tensors(compressed)
+    source = read_tensors(model)
+    ours, theirs = read_tensors(convert("--format=compressed-tensors")), read_tensors(
+        compressed
+    )
     assert ours.keys() == theirs.keys()
     doubled = 0
     for name, tensor in theirs.items():
@@ -172,21 +140,6 @@ def test_tensors_are_those_of_compressed_tensors(model, compressed, convert):
     assert doubled > 0
 
 
-def test_compressed_tensors_decompresses_to_the_same_weights(convert):
-    """Its own decompression is exact: a bf16 holds an e4m3 value times a power of two."""
-    path = convert(*mixed("compressed-tensors"))
-    content = tensors(path)
-    scheme = preset_name_to_scheme("MXFP8", ["Linear"])
-    form = quantization_config(path)["format"]
-    compressor = BaseCompressor.get_value_from_registry(form)
-    linears = [name for name in content if f"{name}_scale" in content]
-    assert len(linears) == 14 - len(KEPT)
-    for name in linears:
-        weight, scale = content[name], content[f"{name}_scale"]
-        state = compressor.decompress({"weight": weight, "weight_scale": scale}, scheme)
-        assert torch.equal(state["weight"].double(), dequantized(weight, scale))
-
-
 def test_transformers_reads_it_through_compressed_tensors(convert):
     path = convert(*mixed("compressed-tensors"))
     module = AutoModelForCausalLM.from_pretrained(
@@ -194,7 +147,7 @@ def test_transformers_reads_it_through_compressed_tensors(convert):
         dtype="auto",
         quantization_config=CompressedTensorsConfig(run_compressed=False),
     )
-    content, loaded = tensors(path), module.state_dict()
+    content, loaded = read_tensors(path), module.state_dict()
     for name, tensor in content.items():
         if name.endswith("_scale"):
             continue
@@ -203,10 +156,8 @@ def test_transformers_reads_it_through_compressed_tensors(convert):
         assert torch.equal(loaded[name].double(), tensor.double()), name
 
 
-# --- ModelOpt ---
-
-# What export_hf_checkpoint of nvidia-modelopt 0.47.0 wrote for a Llama of two layers
-# quantized with MXFP8_DEFAULT_CFG and with `MODELOPT_OFF` below switched off.
+# What export_hf_checkpoint of nvidia-modelopt 0.47.0 wrote for such a Llama, quantized with
+# MXFP8_DEFAULT_CFG and with what IGNORED names switched off.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 MODELOPT_LIST = [
     "lm_head",
@@ -214,86 +165,19 @@ MODELOPT_LIST = [
     "model.layers.0.self_attn*",
     "model.layers.1.mlp.down_proj",
 ]
-MODELOPT_CONFIG = {
-    "ignore": MODELOPT_LIST,
-    "quant_algo": "MXFP8",
-    "producer": PRODUCER,
-    "quant_method": "modelopt",
-}
-MODELOPT_SIDECAR = {
-    "producer": PRODUCER,
-    "quantization": {
-        "quant_algo": "MXFP8",
-        "kv_cache_quant_algo": None,
-        "group_size": 32,
-        "exclude_modules": MODELOPT_LIST,
-    },
-}
-MODELOPT_OFF = ["*layers.0.self_attn*", "*layers.1.mlp.down_proj*"]
-# ModelOpt patches transformers' classes: it gets a process of its own.
-MODELOPT_SCRIPT = """
-import copy, json, sys
-import modelopt.torch.quantization as mtq
-from modelopt.torch.export import export_hf_checkpoint
-from transformers import AutoModelForCausalLM
-
-source, output, off = sys.argv[1:]
-config = copy.deepcopy(mtq.MXFP8_DEFAULT_CFG)
-for name in json.loads(off):
-    config["quant_cfg"].append({"quantizer_name": name, "enable": False})
-model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-export_hf_checkpoint(mtq.quantize(model, config), export_dir=output)
-"""
-
-
-def expand(listed: list[str], source: Path) -> set[str]:
-    """The modules that a list of names and globs names; every entry names some."""
-    modules = {name.removesuffix(".weight") for name in tensors(source)}
-    found = [{m for m in modules if fnmatchcase(m, entry)} for entry in listed]
-    assert all(found), listed
-    return set().union(*found)
-
-
-def with_modules(settings: dict, key: str, source: Path) -> dict:
-    """`settings` with the list under `key` expanded to the modules that it names."""
-    return {**settings, key: expand(settings[key], source)}
 
 
 def test_configs_are_what_modelopt_wrote(model, convert):
-    ours = convert(*mixed("modelopt"))
-    assert with_modules(quantization_config(ours), "ignore", model) == with_modules(
-        MODELOPT_CONFIG, "ignore", model
-    )
-    sidecar = read_json(ours / "hf_quant_config.json")
-    quantization = with_modules(sidecar["quantization"], "exclude_modules", model)
-    assert {**sidecar, "quantization": quantization} == {
-        "producer": PRODUCER,
-        "quantization": with_modules(
-            MODELOPT_SIDECAR["quantization"], "exclude_modules", model
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def exported(model, tmp_path_factory) -> Path:
-    """The model as ModelOpt itself quantizes and exports it."""
-    pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-    path = tmp_path_factory.mktemp("modelopt") / "model"
-    command = [sys.executable, "-c", MODELOPT_SCRIPT, model, path]
-    subprocess.run(
-        [*command, json.dumps(MODELOPT_OFF)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        check=True,
-    )
-    return path
-
-
-def test_modelopt_still_writes_what_it_wrote(exported):
-    assert quantization_config(exported) == MODELOPT_CONFIG
-    assert read_json(exported / "hf_quant_config.json") == MODELOPT_SIDECAR
-
-
-def test_tensors_are_those_of_modelopt(exported, convert):
-    ours, theirs = tensors(convert(*mixed("modelopt"))), tensors(exported)
-    assert ours.keys() == theirs.keys()
-    assert all(same_bytes(ours[name], theirs[name]) for name in theirs)
+    path = convert(*mixed("modelopt"))
+    config = quantization_config(path)
+    listed = config.pop("ignore")
+    method = {"quant_algo": "MXFP8", "quant_method": "modelopt"}
+    assert config == {**method, "producer": PRODUCER}
+    quantization = {"quant_algo": "MXFP8", "kv_cache_quant_algo": None}
+    quantization |= {"group_size": 32, "exclude_modules": listed}
+    sidecar = {"producer": PRODUCER, "quantization": quantization}
+    assert read_json(path / "hf_quant_config.json") == sidecar
+    # Its list has globs, ours the names of the modules.
+    modules = {name.removesuffix(".weight") for name in read_tensors(model)}
+    wrote = [{m for m in modules if fnmatchcase(m, entry)} for entry in MODELOPT_LIST]
+    assert set(listed) == set().union(*wrote)

@@ -11,44 +11,22 @@ from pathlib import Path
 import convert_to_mxfp8
 import pytest
 import torch
-from checkpoint_files import Tensor
-from convert_to_mxfp8 import _plan_shards, main
-from hypothesis import given
-from hypothesis import strategies as st
-from make_synthetic_model import make_synthetic_model
+from checkpoints import (
+    make_synthetic_model,
+    quantization_config,
+    read_json,
+    read_tensors,
+    same_bytes,
+    same_tensors,
+)
+from convert_to_mxfp8 import main
 from safetensors.torch import load_file, save_file
-from staging import staged_directory
 
+FP8 = torch.float8_e4m3fn
 INDEX = "model.safetensors.index.json"
 ATTENTION = "model.layers.0.self_attn"
 DOWN = "model.layers.0.mlp.down_proj.weight"
 QKV = [f"{ATTENTION}.{part}_proj" for part in "qkv"]
-
-
-def read_checkpoint(path: Path) -> dict:
-    tensors = {}
-    for file in path.glob("*.safetensors"):
-        content = load_file(file)
-        assert not content.keys() & tensors.keys()
-        tensors.update(content)
-    return tensors
-
-
-def read_config(path: Path) -> dict:
-    return json.loads((path / "config.json").read_text())
-
-
-def quantization_config(path: Path) -> dict:
-    return read_config(path)["quantization_config"]
-
-
-def same_tensors(left: Path, right: Path) -> bool:
-    left, right = read_checkpoint(left), read_checkpoint(right)
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype
-        and torch.equal(left[name].view(torch.uint8), right[name].view(torch.uint8))
-        for name in left
-    )
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +47,11 @@ def source(model, tmp_path):
     def copy(tensors=None, **config) -> Path:
         path = tmp_path / "in"
         shutil.copytree(model, path)
-        changed = {**read_checkpoint(path), **(tensors or {})}
+        changed = {**read_tensors(path), **(tensors or {})}
         save_file(changed, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps({**read_config(path), **config}))
+        (path / "config.json").write_text(
+            json.dumps({**read_json(path / "config.json"), **config})
+        )
         return path
 
     return copy
@@ -87,19 +67,18 @@ def converted(model, tmp_path_factory) -> Path:
 def test_linears_are_what_the_quantizer_says(model, converted):
     from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 
-    before, after = read_checkpoint(model), read_checkpoint(converted)
+    before, after = read_tensors(model), read_tensors(converted)
     linears = [name for name in before if name.endswith("_proj.weight")]
     assert len(linears) == 2 * 7 and len(after) == len(before) + 2 * 7
     for name, tensor in before.items():
         if name in linears:
             tensor, scale = quantize(tensor)
             assert torch.equal(after[f"{name}_scale_inv"], scale)
-        assert after[name].dtype == tensor.dtype
-        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8))
+        assert same_bytes(after[name], tensor)
 
 
 def test_config_and_files(model, converted):
-    config = read_config(converted)
+    config = read_json(converted / "config.json")
     assert config.pop("quantization_config") == {
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
@@ -107,7 +86,7 @@ def test_config_and_files(model, converted):
         "scale_fmt": "ue8m0",
         "modules_to_not_convert": [],
     }
-    assert config == read_config(model)
+    assert config == read_json(model / "config.json")
     assert (converted / "tokenizer.json").read_text() == "{}"
     assert (converted / "assets" / "note.txt").read_text() == "kept"
     assert not (converted / "pytorch_model.bin").exists()
@@ -115,29 +94,12 @@ def test_config_and_files(model, converted):
 
 
 def test_it_runs_itself_in_the_virtual_environment(model, converted, tmp_path):
-    root = Path(convert_to_mxfp8.__file__).parents[1]
-    command = [
-        "python3",
-        root / "scripts" / "convert_to_mxfp8.py",
-        model,
-        tmp_path / "o",
-    ]
+    command = ["python3", convert_to_mxfp8.__file__, model, tmp_path / "o"]
     path = os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin"))
     done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith(f"{tmp_path / 'o'}: 14 linears")
     assert same_tensors(tmp_path / "o", converted)
-
-
-def test_without_a_virtual_environment(model, tmp_path):
-    scripts = Path(convert_to_mxfp8.__file__).parent
-    for name in ("convert_to_mxfp8.py", "in_venv.py"):
-        (tmp_path / "scripts").mkdir(exist_ok=True)
-        shutil.copy(scripts / name, tmp_path / "scripts")
-    command = ["python3", tmp_path / "scripts" / "convert_to_mxfp8.py", "in", "out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr == "convert_to_mxfp8.py: run ./scripts/setup.sh first\n"
 
 
 def test_large_weights_are_quantized_in_chunks_of_rows(
@@ -174,22 +136,15 @@ def test_shards_in_and_out(model, converted, tmp_path):
     assert index["metadata"]["total_size"] == total
 
 
-def test_float64_is_converted(model, source, tmp_path):
-    double = read_checkpoint(model)[DOWN].double()
-    assert main([str(source({DOWN: double})), str(tmp_path / "out")]) == 0
-    after = read_checkpoint(tmp_path / "out")
-    assert after[DOWN].dtype == torch.float8_e4m3fn and f"{DOWN}_scale_inv" in after
-
-
 def test_ignored_linears_are_ones_that_sglang_skips(model, tmp_path):
     """Also a release that does not look for the parts of merged layers."""
     from sglang.srt.layers.quantization.utils import is_layer_skipped
 
     output = tmp_path / "out"
     ignore = ["model.layers.0.self_attn.[qkv]_proj", "*.down_proj", "*.1.mlp.*"]
-    patterns = [part for pattern in ignore for part in ("--ignore", pattern)]
+    patterns = [f"--ignore={pattern}" for pattern in ignore]
     assert main([str(model), str(output), *patterns]) == 0
-    after = read_checkpoint(output)
+    after = read_tensors(output)
     listed = quantization_config(output)["modules_to_not_convert"]
     for layer in range(2):
         for name, merged in (
@@ -219,85 +174,45 @@ def assert_refused(capsys, directory: Path, arguments, words) -> None:
     assert sorted(directory.rglob("*")) == before
 
 
+def case(*words: str, tensors=None, arguments="", **config) -> tuple:
+    return tensors or {}, config, arguments, words
+
+
+def down(*shape: int) -> dict:
+    return {DOWN: torch.zeros(shape, dtype=torch.bfloat16)}
+
+
+UP = "model.layers.0.mlp.up_proj"
+QUANTIZED = "already quantized"
+
+
 @pytest.mark.parametrize(
     "tensors, config, arguments, words",
     [
-        pytest.param(
-            {DOWN: torch.zeros(256, 528, dtype=torch.bfloat16)},
-            {},
-            [],
-            [DOWN, "K = 528", "--ignore '*.down_proj'"],
-            id="K",
-        ),
-        pytest.param(
-            {DOWN: torch.zeros(256, 0, dtype=torch.bfloat16)},
-            {},
-            [],
-            [DOWN, "[256, 0]", "fetch"],
-            id="no values",
-        ),
-        pytest.param(
-            {},
-            {},
-            ["--ignore", "*.k_proj"],
-            [QKV[1], "q_proj", "qkv_proj"],
-            id="part of qkv",
-        ),
-        pytest.param(
-            {},
-            {},
-            ["--ignore", "model.layers.0.mlp.up_proj", "--format=modelopt"],
-            ["model.layers.0.mlp.up_proj", "gate_proj, up_proj"],
-            id="part of gate_up",
-        ),
-        pytest.param(
-            {}, {}, ["--ignore", "*.qproj"], ["'*.qproj'", "no linear"], id="typo"
-        ),
-        pytest.param(
-            {}, {}, ["--ignore", "*"], ["no linear is left"], id="all ignored"
-        ),
-        pytest.param(
-            {DOWN: torch.zeros(256, 512).to(torch.float8_e4m3fn)},
-            {},
-            [],
-            [DOWN, "already quantized"],
-            id="fp8",
-        ),
-        pytest.param(
-            {f"{DOWN}_scale_inv": torch.ones(256, 16)},
-            {},
-            [],
-            ["weight_scale_inv", "already quantized"],
-            id="scales",
-        ),
-        pytest.param(
-            {DOWN: torch.full((256, 512), torch.nan)}, {}, [], [DOWN, "NaN"], id="NaN"
-        ),
-        pytest.param({}, {}, ["--device", "cuda"], ["no CUDA device"], id="no device"),
-        pytest.param(
-            {},
-            {"architectures": ["NobodysForCausalLM"]},
-            [],
-            ["sglang cannot serve", "NobodysForCausalLM"],
-            id="architecture",
-        ),
-        pytest.param(
-            {},
-            {"quantization_config": {"quant_method": "fp8"}},
-            [],
-            ["already quantized", "fp8", "original"],
-            id="config",
-        ),
+        case("K = 528", "--ignore '*.down_proj'", DOWN, tensors=down(256, 528)),
+        case("[256, 0]", "fetch", DOWN, tensors=down(256, 0)),
+        case(QKV[1], "q_proj", "qkv_proj", arguments="--ignore=*.k_proj"),
+        case(UP, "gate_proj, up_proj", arguments=f"--ignore={UP} --format=modelopt"),
+        case("'*.qproj'", "no linear", arguments="--ignore=*.qproj"),
+        case("no linear is left", arguments="--ignore=*"),
+        case(DOWN, QUANTIZED, tensors={DOWN: torch.zeros(256, 512).to(FP8)}),
+        case(QUANTIZED, tensors={f"{DOWN}_scale_inv": torch.ones(256, 16)}),
+        case(DOWN, "NaN", tensors={DOWN: torch.full((256, 512), torch.nan)}),
+        case("no CUDA device", arguments="--device=cuda"),
+        case("say 500MB or 2GB", arguments="--max-shard-size=GB"),
+        case("sglang cannot serve", "Nobodys", architectures=["NobodysForCausalLM"]),
+        case(QUANTIZED, "fp8", quantization_config={"quant_method": "fp8"}),
     ],
 )
 def test_refusals(tensors, config, arguments, words, source, tmp_path, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("a CUDA device is visible")
     path = source(tensors, **config)
-    assert_refused(capsys, tmp_path, [path, tmp_path / "out", *arguments], words)
+    given = [path, tmp_path / "out", *arguments.split()]
+    assert_refused(capsys, tmp_path, given, words)
 
 
-@pytest.mark.parametrize("form", sorted(convert_to_mxfp8.FORMATS))
+@pytest.mark.parametrize("form", sorted(convert_to_mxfp8.SCALE_SUFFIXES))
 def test_what_it_wrote_is_refused_as_input(form, model, tmp_path, capsys):
     output = tmp_path / "out"
     assert main([str(model), str(output), f"--format={form}"]) == 0
@@ -379,36 +294,3 @@ def test_interrupted_run_leaves_what_was_there(
         main([str(model), str(output), "--overwrite"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine").read_text() == "precious"
-
-
-def test_staged_directory_needs_no_existing_parent(tmp_path):
-    target = tmp_path / "a" / "b"
-    with staged_directory(target) as staging:
-        (staging / "file").touch()
-        assert not target.exists()
-    assert [path.name for path in target.iterdir()] == ["file"]
-    assert [path.name for path in target.parent.iterdir()] == ["b"]
-
-
-@given(
-    sizes=st.lists(st.integers(min_value=1, max_value=300), min_size=1, max_size=40),
-    limit=st.integers(min_value=1, max_value=600),
-)
-def test_shard_plan(sizes, limit):
-    tensors = [Tensor(str(i), "f", "BF16", (size,)) for i, size in enumerate(sizes)]
-    shards = _plan_shards(tensors, set(), limit)
-    assert [tensor for shard in shards for tensor in shard] == tensors
-    for shard in shards:
-        assert len(shard) == 1 or sum(tensor.bytes for tensor in shard) <= limit
-
-
-@pytest.mark.parametrize(
-    "option, words",
-    [(f"--max-shard-size={s}", "say 500MB or 2GB") for s in ("0GB", "GB", "-1MB", "")]
-    + [("--format=gguf", "'sglang', 'modelopt', 'compressed-tensors'")],
-)
-def test_options_that_are_none(option, words, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["in", "out", option])
-    assert exit.value.code == 2
-    assert words in capsys.readouterr().err

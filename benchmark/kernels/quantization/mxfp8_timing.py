@@ -10,14 +10,14 @@ one. Without an installed sglang, this checkout's own files are its package.
 
 import argparse
 import datetime
-import functools
-import importlib.metadata
+import importlib.util
 import os
 import statistics
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,25 +38,27 @@ if not HAS_GPU:  # as scripts/test.sh does, for sglang to be imported
     sys.path.insert(0, str(ROOT / "scripts" / "cpu_stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
+PACKAGES = "torch", "triton", "flashinfer-python", "flashinfer_python"
 GROUP_SIZE = 32  # elements along K that share a scale
 DEFAULT_M = [2**i for i in range(14)]
-# Layers, hidden size, rows of qkv_proj, columns of o_proj, intermediate size.
-MODELS = {
-    "Qwen3-8B": (36, 4096, 6144, 4096, 12288),
-    "Llama-3-70B": (80, 8192, 10240, 8192, 28672),
-}
 Shape = tuple[int, int]  # (N, K) of one rank's weight
+SHAPES = {  # as sglang fuses the linears
+    (6144, 4096): "Qwen3-8B qkv_proj, TP 1",
+    (24576, 4096): "Qwen3-8B gate_up_proj, TP 1",
+    (768, 4096): "Qwen3-8B qkv_proj, TP 8",
+    (3072, 4096): "Qwen3-8B gate_up_proj, TP 8",
+    (57344, 8192): "Llama-3-70B gate_up_proj, TP 1",
+    (8192, 28672): "Llama-3-70B down_proj, TP 1",
+    (1280, 8192): "Llama-3-70B qkv_proj, TP 8",
+    (8192, 3584): "Llama-3-70B down_proj, TP 8",
+}
 
 
-def linears(model: str, tp: int) -> dict[str, Shape]:
-    """(N, K) of one rank's linears, as sglang fuses them."""
-    _, hidden, qkv, heads, intermediate = MODELS[model]
-    return {
-        "qkv_proj": (qkv // tp, hidden),
-        "o_proj": (hidden, heads // tp),
-        "gate_up_proj": (2 * intermediate // tp, hidden),
-        "down_proj": (hidden, intermediate // tp),
-    }
+def need_sglang() -> None:
+    """Exit with one line unless the patched sglang is installed as a whole."""
+    found = importlib.util.find_spec("sglang").origin  # None for this checkout's files
+    if not found or not (Path(found).parent / "srt/layers/quantization/mxfp8").is_dir():
+        sys.exit(f"{Path(sys.argv[0]).name}: the patched sglang is not installed")
 
 
 class Work(NamedTuple):
@@ -88,17 +90,15 @@ def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
     """
     from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
 
-    room = (swizzled_scale_numel(n, k // GROUP_SIZE),)
-    return [
-        (
-            torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE),
-            torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn),
-            torch.randint(117, 124, room, dtype=torch.uint8, device=DEVICE)[
-                : n * k // GROUP_SIZE
-            ].view(n, k // GROUP_SIZE),
-        )
-        for _ in range(rotation(n * k + room[0] + 2 * m * k))
-    ]
+    groups = k // GROUP_SIZE
+    room = swizzled_scale_numel(n, groups)
+    operands = []
+    for _ in range(rotation(n * k + room + 2 * m * k)):
+        input = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
+        weight = torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn)
+        scale = torch.randint(117, 124, (room,), dtype=torch.uint8, device=DEVICE)
+        operands.append((input, weight, scale[: n * groups].view(n, groups)))
+    return operands
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -118,9 +118,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 def timed(run: Callable[[], object]) -> Callable[[], float]:
     """Start `run`; its seconds can be read once the device is synchronized."""
     if not HAS_GPU:
-        start = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - start
+        seconds = timeit.timeit(run, number=1)
         return lambda: seconds
     # No wait in between: the host's launch hides behind the run before.
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -130,7 +128,7 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
     return lambda: start.elapsed_time(end) / 1e3
 
 
-def measure(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
+def measure(works: Mapping, repeats: int) -> dict:
     """Microseconds a call of every repetition of each work, as graphs, taken in turn."""
     graphs = {name: captured(work.run) for name, work in works.items()}
     turns = [{name: timed(run) for name, run in graphs.items()} for _ in range(repeats)]
@@ -140,44 +138,27 @@ def measure(works: Mapping[str, Work], repeats: int) -> dict[str, list[float]]:
     return {name: us(name) for name in works}
 
 
-def medians(works: Mapping[str, Work], repeats: int) -> dict[str, float]:
+def medians(works: Mapping, repeats: int) -> dict:
     """Median microseconds of one call of each work."""
     taken = measure(works, repeats)
     return {name: statistics.median(us) for name, us in taken.items()}
 
 
-@functools.cache
-def plain_speeds() -> dict[str, float]:
-    """Bytes a second of a plain read and of a plain copy, which reads and writes.
-
-    Kernels, not a memcpy, which in a CUDA graph reached 2.7 of 4.1 TB/s on an H200.
-    """
-    source = torch.ones(1 << 28 if HAS_GPU else 1 << 18, device=DEVICE)
-    target = torch.empty_like(source)
-    works = {
-        "read": Work(lambda: source.sum(), 1, source.nbytes),
-        "copy": Work(lambda: torch.neg(source, out=target), 1, 2 * source.nbytes),
-    }
-    taken = medians(works, 20)
-    return {name: work.bytes / taken[name] * 1e6 for name, work in works.items()}
-
-
-def floor_us(nbytes: int) -> float:
-    """Microseconds that moving these bytes takes at the faster of the plain speeds."""
-    return nbytes / max(plain_speeds().values()) * 1e6
-
-
 def environment() -> str:
     """Where, when and with what this is measured, in a line."""
-    gpu, driver = REHEARSAL, "no driver"
+    where = [REHEARSAL]
     if HAS_GPU:
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = f"driver {subprocess.check_output(query, text=True).split()[0]}"
-        gpu = torch.cuda.get_device_name()
-    names = {each.name for each in importlib.metadata.distributions()}
-    names &= {"torch", "triton", "flashinfer-python", "flashinfer_python"}
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in sorted(names)]
-    return "; ".join([gpu, driver, *versions, str(datetime.date.today())])
+        driver = subprocess.check_output(query, text=True).split()[0]
+        where = [torch.cuda.get_device_name(), f"driver {driver}"]
+    found = sorted(distributions(), key=lambda package: package.name)
+    where += [f"{each.name} {each.version}" for each in found if each.name in PACKAGES]
+    return "; ".join([*where, str(datetime.date.today())])
+
+
+def method(docstring: str) -> str:
+    """How a script measures: the second paragraph of its docstring."""
+    return docstring.split("\n\n")[1]
 
 
 def row(*cells: object) -> str:
@@ -189,26 +170,9 @@ def head(*titles: str) -> str:
     return f"{row(*titles)}\n{row(*['---'] * len(titles))}"
 
 
-def report(lines: Iterable[str], output: Path | None = None) -> None:
-    """Print the lines as they come, and append each to `output` at once."""
-    for line in lines:
-        print(line, flush=True)
-        if output:
-            with output.open("a") as file:
-                print(line, file=file)
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
 def shape(text: str) -> Shape:
     """An argparse type: N,K."""
-    n, k = map(positive, text.split(","))
+    n, k = map(int, text.split(","))
     if k % GROUP_SIZE:
         raise argparse.ArgumentTypeError(f"{text}: K is not a multiple of {GROUP_SIZE}")
     return n, k
@@ -223,12 +187,8 @@ def rehearsable(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, and --rehearse, which is for machines without a GPU only."""
     parser.add_argument("--rehearse", action="store_true", help="emulate, on the CPU")
     args = parser.parse_args()
-    if not args.rehearse and not HAS_GPU:
-        parser.error(
-            "no CUDA GPU is visible; --rehearse emulates it, and times nothing"
-        )
-    if args.rehearse and HAS_GPU:
-        parser.error("--rehearse is for the CPU; CUDA_VISIBLE_DEVICES= hides the GPU")
+    if args.rehearse == HAS_GPU:
+        parser.error("--rehearse is for machines without a CUDA GPU, and needed there")
     if args.rehearse:
         os.environ["SGLANG_MXFP8_EMULATION"] = "1"
     return args

@@ -5,7 +5,8 @@ Times quantization plus GEMM with 8x4 scales, with 128x4 scales and on cutlass, 
 the table that the server reads at start (routing.tuned_layers). Every measured shape
 is written at once: a run that is cut off keeps what it has. --log takes the shapes from
 the line "MXFP8 linear layers: ..." of a server's log. Needs an SM100 or SM103 GPU
-and FlashInfer; --rehearse runs the same steps without a GPU and measures nothing of use.
+and .venv (./scripts/setup.sh); --rehearse runs the same steps without a GPU and measures
+nothing of use.
 
     ./benchmark/kernels/quantization/tune_mxfp8_layout.py --log SERVER_LOG
     ./benchmark/kernels/quantization/tune_mxfp8_layout.py --shapes 2560,8192 8192,4096
@@ -19,22 +20,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import mxfp8_timing as timing
-from bench_mxfp8_linear import CONTENDERS
+from bench_mxfp8_linear import FLASHINFER, parts, refusal
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8 import routing
 from sglang.srt.utils import get_device_name
 
-TRTLLM = routing.Mxfp8LinearBackend.FLASHINFER_TRTLLM
-OLD, NEW, CUTLASS = CANDIDATES = (
-    "flashinfer_trtllm 128x4",
-    "flashinfer_trtllm 8x4",
-    "flashinfer_cutlass 128x4",
-)
+OLD, NEW, CUTLASS = FLASHINFER  # trtllm 128x4, trtllm 8x4, cutlass
 Medians = Mapping[int, Mapping[str, float]]  # microseconds by M and candidate
 
 
@@ -66,102 +61,68 @@ def tuned_entry(us: Medians, backend_at: Sequence[int] = ()) -> dict:
     return entry
 
 
-def new_table(
-    n: int, k: int, us: Medians, backend_at: Sequence[int], here: dict
-) -> dict:
-    """The table of one shape, as routing.parse_table reads it.
-
-    `here` has `device_name` and `flashinfer`, which the server compares with its own,
-    `rehearsal`, and whatever else is worth keeping beside each shape's medians.
-    """
-    key = f"N={n},K={k}"
-    return {
-        **{name: here[name] for name in ("device_name", "flashinfer", "rehearsal")},
-        "layers": {key: tuned_entry(us, backend_at)},
-        "measured": {key: {"environment": here, "median_us": us}},
-    }
-
-
-def merged_table(old: dict, new: dict) -> dict:
-    """`new`, and the shapes of `old` that it lacks. Raises ValueError where `old` is no
-    valid table for the GPU and FlashInfer version of `new`, or only one is a rehearsal.
-    """
+def read_table(path: Path, rehearsal: bool, device: str, flashinfer: str) -> dict:
+    """The table at `path`, to add shapes to, as routing.parse_table reads it. One that is
+    not of this GPU and FlashInfer, or not valid, is set aside as `.old`."""
+    here = {"device_name": device, "flashinfer": flashinfer, "rehearsal": rehearsal}
+    table = {**here, "layers": {}, "measured": {}}
+    if not path.exists():
+        return table
     try:
-        if bool(old.get("rehearsal")) != new["rehearsal"]:
+        old = json.loads(path.read_text())
+        if old["rehearsal"] != rehearsal:
             raise ValueError("only one of them is a rehearsal")
-        real = {**old, "rehearsal": False}
-        routing.parse_table(real, new["device_name"], new["flashinfer"])
-        parts = ("layers", "measured")
-        return {**new, **{part: {**old.get(part, {}), **new[part]} for part in parts}}
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"it is no table: {error}") from error
+        routing.parse_table({**old, "rehearsal": False}, device, flashinfer)
+        return {**table, "layers": old["layers"], "measured": old["measured"]}
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        path.replace(path.with_suffix(".json.old"))
+        print(f"{path} is now .old: no shapes can be added: {error}", file=sys.stderr)
+        return table
 
 
-def write_table(directory: Path, table: dict) -> Path:
-    """Write the table under the name that the server looks for; returns the file.
-
-    Other shapes in an existing table are kept; one that cannot be merged is kept beside
-    the new one as `.old`. Readers see the old file or the new one, whole.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / routing.config_file(table["device_name"])
-    if path.exists():
-        try:
-            table = merged_table(json.loads(path.read_text()), table)
-        except ValueError as error:
-            path.replace(path.with_suffix(".json.old"))
-            print(f"{path} is now .old: it cannot be merged: {error}", file=sys.stderr)
+def write_table(path: Path, table: dict) -> None:
+    """Write it so that readers see the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(table, indent=2) + "\n")
     temporary.replace(path)
-    return path
 
 
 def measured(n: int, k: int, m: int) -> dict[str, float]:
     """Median microseconds of one linear by candidate, the L2 cache cold."""
     operands = timing.rotated_operands(n, k, m)
-    works = {}
-    for name in CANDIDATES:
-        contender = CONTENDERS[name]()
-        if not contender.refusal(n, k):
-            run = partial(timing.each, contender.linear, operands)
-            works[name] = timing.Work(run, len(operands))
+    names = [name for name in FLASHINFER if not refusal(name, n, k)]
+    works = {name: parts(name, operands)["linear"] for name in names}
     us = timing.medians(works, 100 if timing.HAS_GPU else 3)
     return {name: round(median, 3) for name, median in us.items()}
 
 
 def tune(args: argparse.Namespace) -> Iterator[str]:
     """Measure the shapes, write the table as it grows, and yield the medians."""
-    here = {
-        "device_name": get_device_name() or "cpu",
-        "flashinfer": routing.flashinfer_version(),
-        "rehearsal": args.rehearse,
-        "measured_on": timing.environment(),
-    }
-    yield f"Median us of one linear, quantization included.\n\n{here['measured_on']}\n"
-    yield timing.head("N x K", "M", *CANDIDATES)
+    device = get_device_name() or "cpu"
+    path = args.output / routing.config_file(device)
+    table = read_table(path, args.rehearse, device, routing.flashinfer_version())
+    environment = timing.environment()
+    yield f"Median us of one linear, quantization included.\n\n{environment}\n"
+    yield timing.head("N x K", "M", *FLASHINFER)
     for n, k in args.shapes:
         us = {}
         for m in sorted({*args.m, *args.backend_at}):
             us[m] = measured(n, k, m)
-            yield timing.row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in CANDIDATES))
-        table = new_table(n, k, us, args.backend_at, here)
-        path = write_table(args.output, table)
-        yield timing.row(f"{n} x {k}", "table", *table["layers"].values())
+            yield timing.row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in FLASHINFER))
+        key = f"N={n},K={k}"
+        table["layers"][key] = tuned_entry(us, args.backend_at)
+        table["measured"][key] = {"environment": environment, "median_us": us}
+        write_table(path, table)
+        yield timing.row(f"{n} x {k}", "table", table["layers"][key], "", "")
     yield f"\nWrote {path}"
 
 
 def logged_shapes(log: str) -> list[timing.Shape]:
-    """The shapes that a server's log names, those that flashinfer_trtllm takes."""
+    """The shapes that a server's log names."""
     lines = re.findall(r"MXFP8 linear layers: .*", log)
     found = re.findall(r"\w+ \[(\d+), (\d+)\]", " ".join(lines))
-    shapes = dict.fromkeys((int(n), int(k)) for n, k in found)
-    return [shape for shape in shapes if not refusal(*shape)]
-
-
-def refusal(n: int, k: int) -> str:
-    """Why flashinfer_trtllm does not take a bf16 layer [N, K], or ""."""
-    return CONTENDERS[OLD]().refusal(n, k)
+    return [*dict.fromkeys((int(n), int(k)) for n, k in found)]
 
 
 def main() -> None:
@@ -169,25 +130,24 @@ def main() -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", type=timing.shape, metavar="N,K", default=[])
     add("--log", type=Path, help="of a server: tune the shapes that it names")
-    add("--m", nargs="+", type=timing.positive, metavar="M", default=timing.DEFAULT_M)
+    add("--m", nargs="+", type=int, metavar="M", default=timing.DEFAULT_M)
     add("--output", type=Path, help="directory (default: where the server looks)")
-    add("--backend-at", nargs="+", type=timing.positive, metavar="M", default=[])
+    add("--backend-at", nargs="+", type=int, metavar="M", default=[])
     args = timing.rehearsable(parser)
-    missing = routing.mxfp8_kernels_missing(TRTLLM)
-    if not args.rehearse and missing:
-        parser.error(f"flashinfer_trtllm does not run here: it needs {missing}")
     if args.rehearse and args.output is None:
         parser.error("--rehearse needs --output: no server should find its table")
-    for n, k in args.shapes:
-        if reason := refusal(n, k):
-            parser.error(f"{n},{k}: {reason}")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
+    refused = {shape: why for shape in args.shapes if (why := refusal(OLD, *shape))}
+    args.shapes = [shape for shape in args.shapes if shape not in refused]
+    for (n, k), why in refused.items():
+        print(f"Left out {n},{k}: {why}", file=sys.stderr)
     if not args.shapes:
-        parser.error("--shapes, or a --log that names a layer for flashinfer_trtllm")
+        parser.error("no layer for flashinfer_trtllm: give --shapes, or --log")
     folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or routing.CONFIG_DIR
     args.output = args.output or Path(folder)
-    timing.report(tune(args))
+    for line in tune(args):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ Envs.SGLANG_MXFP8_ACCEPT_UNCHECKED
     why: a model that cannot be built on the meta device has no check of its weights
     until: never
 
+Envs.SGLANG_MXFP8_SELF_CHECK
+    why: a wrong kernel looks like a bad model; each server proves its own
+    until: never
+
 Envs.SGLANG_MXFP8_LINEAR_BACKEND, Envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT, Envs.SGLANG_MXFP8_CONFIG_DIR
     why: no rule is right for every shape and GPU; a user can force a choice, or measure it
     until: upstream tunes backend and layout together
@@ -23,6 +27,8 @@ class Envs:
     SGLANG_MXFP8_EMULATION = EnvBool(False)
     # Load and update weights that were not checked as a whole before
     SGLANG_MXFP8_ACCEPT_UNCHECKED = EnvBool(False)
+    # Compare the kernels of MXFP8 layers with plain torch before they serve
+    SGLANG_MXFP8_SELF_CHECK = EnvBool(True)
     # Backends of single layers, e.g. "down_proj=flashinfer_cutlass,layers.0.*=bf16"
     SGLANG_MXFP8_LINEAR_BACKEND = EnvStr("")
     # Activation-scale layout of flashinfer_trtllm: auto, 8x4 or 128x4

@@ -22,7 +22,7 @@ class ServerArgs:
             "'auto' (default) picks by hardware. "
             "'deep_gemm': JIT-compiled, the default on Hopper and Blackwell where DeepGEMM is installed. "
             "'flashinfer_trtllm': Blackwell; fastest at small batches. For MXFP8 it needs SM100 or SM103, "
-            "and layers that it cannot take run on flashinfer_cutlass. "
+            "and layers that it cannot take run on flashinfer_cutlass. MXFP8 on other GPUs: auto. "
             "'flashinfer_cutlass': MXFP8 only, SM100 or SM103. "
             "'flashinfer_deepgemm': Hopper; swaps A and B for small batches. "
             "'cutlass': Hopper and Blackwell; high throughput. "

@@ -53,7 +53,7 @@ register_cpu_ci(est_time=60, suite="default")
 
 TRTLLM = Mxfp8LinearBackend.FLASHINFER_TRTLLM
 CUTLASS = Mxfp8LinearBackend.FLASHINFER_CUTLASS
-BF16 = Mxfp8LinearBackend.BF16
+WEIGHT_ONLY = Mxfp8LinearBackend.WEIGHT_ONLY
 BACKENDS = ("flashinfer_trtllm", "flashinfer_cutlass")
 
 
@@ -121,7 +121,7 @@ class TestLayerLife(MXFP8TestCase):
 
         x = torch.randn(m, k).bfloat16()
         output, _ = layer(x)
-        on_bf16 = layer.mxfp8_weights.backend.is_bf16()
+        on_bf16 = layer.mxfp8_weights.backend.is_weight_only()
         expected = reference_linear(x, weight, scale, quantize_input=not on_bf16)
         if bias:
             expected = expected.bfloat16() + layer.bias
@@ -475,7 +475,7 @@ class TestLoading(MXFP8TestCase):
         self.assertRegex(
             text, r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not"
         )
-        self.assertRegex(text, "bf16 .tiny .*smaller than 128")
+        self.assertRegex(text, "weight_only .tiny .*smaller than 128")
         self.assertIn("emulated in torch", text)
 
     def test_a_load_holds_its_own_layers_and_no_others(self):
@@ -514,7 +514,7 @@ class TestLoading(MXFP8TestCase):
     def test_a_bf16_layer_multiplies_by_its_update(self):
         layer = build(40, 512)  # too small for any MXFP8 kernel
         model = self.load_model(layer)
-        self.assertEqual(layer.mxfp8_weights.backend, BF16)
+        self.assertEqual(layer.mxfp8_weights.backend, WEIGHT_ONLY)
         for seed in range(2):
             _, weight, scale = random_mxfp8(40, 512, seed)
             model.load_weights(named(0, weight, scale))
@@ -553,11 +553,12 @@ class TestLoading(MXFP8TestCase):
         _, *tensors = random_mxfp8(160, 512)
         for move in moves:
             for name in ("weight", "weight_scale_inv"):
-                for backend in (*BACKENDS, "bf16"):
+                for backend in (*BACKENDS, "weight_only"):
                     with self.subTest(move.__name__, name=name, backend=backend):
-                        n = 40 if backend == "bf16" else 160
+                        n = 40 if backend == "weight_only" else 160
                         layers = [
-                            build(n, 512, backend.replace("bf16", "auto")) for _ in "ab"
+                            build(n, 512, backend.replace("weight_only", "auto"))
+                            for _ in "ab"
                         ]
                         model = torch.nn.Module()
                         model.layers = torch.nn.ModuleList(layers)

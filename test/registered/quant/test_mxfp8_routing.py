@@ -23,11 +23,11 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
-    BF16,
     CONFIG_DIR,
     CUTLASS,
     TRITON,
     TRTLLM,
+    WEIGHT_ONLY,
     Mxfp8LinearOptions,
     TunedLayer,
     config_file,
@@ -80,6 +80,10 @@ class TestResolve(CustomTestCase):
             ((11, 0), "0.6.7", CUTLASS),
             ((10, 0), "0.6.6", TRITON),
             ((10, 0), None, TRITON),
+            ((8, 0), "0.6.7", WEIGHT_ONLY),
+            ((9, 0), None, WEIGHT_ONLY),
+            ((12, 0), "0.6.7", WEIGHT_ONLY),
+            (None, "0.6.7", WEIGHT_ONLY),  # in plain torch
         ):
             with self.subTest(capability=capability, flashinfer=found):
                 with machine(capability, found):
@@ -88,6 +92,10 @@ class TestResolve(CustomTestCase):
                     self.assertTrue(options.is_auto)
         with machine(emulation=True):
             self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRTLLM)
+        with machine((9, 0)):
+            self.assertEqual(
+                resolve_mxfp8_linear_backend("triton").preferred, WEIGHT_ONLY
+            )
         # A GPU that has a kernel needs no emulation.
         with machine((10, 0), "0.6.6", emulation=True):
             self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRITON)
@@ -106,8 +114,9 @@ class TestResolve(CustomTestCase):
             ("flashinfer_cutlass", (12, 0), "0.6.7", "SM100 or SM103 or SM110 GPU"),
             ("flashinfer_cutlass", (10, 0), "0.6.6", "0.6.7 .found 0.6.6."),
             ("flashinfer_trtllm", (10, 0), None, "found None"),
-            ("triton", (9, 0), "0.6.7", "SM100 or SM103 GPU"),
-            ("auto", (9, 0), "0.6.7", "SM100 or SM103 GPU"),
+            ("triton", None, "0.6.7", "SM100 or SM103 GPU"),
+            ("triton", (7, 5), "0.6.7", "SM80 or later GPU"),
+            ("auto", (7, 5), "0.6.7", "SM80 or later GPU"),
         ):
             with self.subTest(flag=flag, capability=capability, flashinfer=found):
                 with machine(capability, found):
@@ -130,7 +139,12 @@ class TestResolve(CustomTestCase):
         for variable, value, message in (
             (envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT, "4x8", "'4x8' is none of auto, 8x4"),
             (envs.SGLANG_MXFP8_LINEAR_BACKEND, "down_proj", "not PATTERN=BACKEND"),
-            (envs.SGLANG_MXFP8_LINEAR_BACKEND, "a=marlin", "flashinfer_cutlass, bf16"),
+            (
+                envs.SGLANG_MXFP8_LINEAR_BACKEND,
+                "a=marlin",
+                "flashinfer_cutlass, weight_only",
+            ),
+            (envs.SGLANG_MXFP8_LINEAR_BACKEND, "a=bf16", "weight_only computes"),
             (envs.SGLANG_MXFP8_LINEAR_BACKEND, "a=triton", "that run here"),
         ):
             with self.subTest(value), machine(emulation=True), variable.override(value):
@@ -144,12 +158,19 @@ class TestSelect(CustomTestCase):
             (TRTLLM, 576, 1536, torch.bfloat16, TRTLLM, ""),
             (TRTLLM, 960, 576, torch.bfloat16, CUTLASS, "K = 576 is not a multiple"),
             (TRTLLM, 256, 256, torch.float16, CUTLASS, "bf16 only"),
-            (TRTLLM, 96, 256, torch.bfloat16, BF16, "smaller than 128"),
-            (TRTLLM, 688, 4096, torch.bfloat16, BF16, "N = 688 is not a multiple"),
+            (TRTLLM, 96, 256, torch.bfloat16, WEIGHT_ONLY, "smaller than 128"),
+            (
+                TRTLLM,
+                688,
+                4096,
+                torch.bfloat16,
+                WEIGHT_ONLY,
+                "N = 688 is not a multiple",
+            ),
             (TRTLLM, 256, 256, torch.float32, TRITON, "cannot be quantized"),
             (CUTLASS, 256, 256, torch.bfloat16, CUTLASS, ""),
-            (CUTLASS, 256, 96, torch.bfloat16, BF16, "smaller than 128"),
-            (TRITON, 960, 576, torch.bfloat16, BF16, "(triton)"),
+            (CUTLASS, 256, 96, torch.bfloat16, WEIGHT_ONLY, "smaller than 128"),
+            (TRITON, 960, 576, torch.bfloat16, WEIGHT_ONLY, "(triton)"),
         ):
             with self.subTest(preferred=preferred, n=n, k=k, dtype=dtype):
                 options = Mxfp8LinearOptions(preferred, ALL)
@@ -161,11 +182,15 @@ class TestSelect(CustomTestCase):
     def test_only_what_is_available_stands_in(self):
         options = Mxfp8LinearOptions(TRTLLM, (TRTLLM,))
         choice = select_mxfp8_linear_backend(options, 960, 576, torch.bfloat16)
-        self.assertEqual(choice.backend, BF16)
+        self.assertEqual(choice.backend, WEIGHT_ONLY)
         self.assertNotIn("triton", choice.reason)
 
     def test_a_pattern_forces_single_layers(self):
-        forced = ("down_proj", CUTLASS), ("layers.0.mlp.*", BF16), ("o_proj", TRTLLM)
+        forced = (
+            ("down_proj", CUTLASS),
+            ("layers.0.mlp.*", WEIGHT_ONLY),
+            ("o_proj", TRTLLM),
+        )
         options = Mxfp8LinearOptions(TRTLLM, ALL, forced=forced)
 
         def select(prefix, k=512):
@@ -174,7 +199,7 @@ class TestSelect(CustomTestCase):
 
         self.assertEqual(select("0.mlp.down_proj").backend, CUTLASS)  # the first wins
         self.assertIn("down_proj=flashinfer_cutlass", select("1.mlp.down_proj").reason)
-        self.assertEqual(select("0.mlp.gate_up_proj").backend, BF16)
+        self.assertEqual(select("0.mlp.gate_up_proj").backend, WEIGHT_ONLY)
         self.assertEqual(select("10.mlp.gate_up_proj").backend, TRTLLM)
         self.assertEqual(select("0.self_attn.o_proj").reason, "")
         self.assertEqual(select("0.self_attn.qkv_proj").backend, TRTLLM)
@@ -252,8 +277,8 @@ class TestSettings(CustomTestCase):
         self.assertNotIn("matches", log)
 
     def test_a_forced_backend(self):
-        for backend in "flashinfer_cutlass", "bf16":
-            pattern = f"m.proj = {backend}, nothing=bf16"
+        for backend in "flashinfer_cutlass", "weight_only":
+            pattern = f"m.proj = {backend}, nothing=weight_only"
             choices, log = self.model(SGLANG_MXFP8_LINEAR_BACKEND=pattern)
             self.assertEqual({c.backend.value for c in choices}, {backend})
             self.assertIn(f"2 on {backend} ", log)
@@ -291,7 +316,7 @@ class TestSettings(CustomTestCase):
                 resolve_mxfp8_linear_backend("flashinfer_trtllm")
 
     def test_the_capability_that_mxfp8_asks_for(self):
-        for emulation, capability in (False, 100), (True, 0):
+        for emulation, capability in (False, 80), (True, 0):
             with envs.SGLANG_MXFP8_EMULATION.override(emulation):
                 self.assertEqual(mxfp8_config().get_min_capability(), capability)
 
@@ -339,8 +364,10 @@ class TestTable(CustomTestCase):
                 "not a valid",
             ),
             (
-                self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "bf16"}}),
-                "backend is 'bf16'",
+                self.table(
+                    layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "weight_only"}}
+                ),
+                "backend is 'weight_only'",
             ),
             ("[" * 100_000, "recursion"),
         ):
@@ -477,9 +504,9 @@ CASES = (
     (CUTLASS, 160, 576, torch.float16),
     (TRITON, 256, 384, torch.bfloat16),
     (TRITON, 128, 128, torch.float16),
-    (BF16, 40, 96, torch.bfloat16),
-    (BF16, 1000, 288, torch.float16),
-    (BF16, 40, 96, torch.float32),
+    (WEIGHT_ONLY, 40, 96, torch.bfloat16),
+    (WEIGHT_ONLY, 1000, 288, torch.float16),
+    (WEIGHT_ONLY, 40, 96, torch.float32),
 )
 
 
@@ -491,10 +518,13 @@ def on_every_backend(test):
         with mock.patch.object(
             fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
         ), mock.patch.multiple(
-            routing, is_cuda=lambda: True, is_sm100_supported=lambda: True
+            routing,
+            is_cuda=lambda: True,
+            is_sm100_supported=lambda: True,
+            get_device_capability=lambda: (12, 0),
         ):
             for backend, n, k, dtype in CASES:
-                flag = "flashinfer_trtllm" if backend == BF16 else backend.value
+                flag = "flashinfer_trtllm" if backend == WEIGHT_ONLY else backend.value
                 layer, weight, scale = loaded(n, k, flag, dtype=dtype, bias=True)
                 layer.bias.data.normal_()
                 with self.subTest(backend=backend.value, n=n, k=k, dtype=dtype):
@@ -509,8 +539,7 @@ class TestEveryBackend(CustomTestCase):
 
     def assert_layer(self, layer, weight, scale, x):
         expected_x = x.contiguous()
-        if layer.mxfp8_weights.backend.is_bf16():
-            expected_x = expected_x.bfloat16()
+        if layer.mxfp8_weights.backend.is_weight_only():
             expected = reference_linear(expected_x, weight, scale, quantize_input=False)
             expected = (expected + layer.bias).to(x.dtype)
             output = layer(x)[0]
@@ -588,7 +617,7 @@ class TestEveryBackend(CustomTestCase):
         x[1, 3], x[2, 40] = float("nan"), float("inf")
         output = layer(x)[0]
         self.assertTrue(output[1].isnan().all())
-        if not layer.mxfp8_weights.backend.is_bf16():
+        if not layer.mxfp8_weights.backend.is_weight_only():
             expected = reference_linear(x[2:3], weight, scale) + layer.bias
             torch.testing.assert_close(
                 output[2:3], expected.to(x.dtype), rtol=0.02, atol=0.05, equal_nan=True

@@ -137,9 +137,8 @@ class Fp8Config(QuantizationConfig):
         return None
 
     def get_min_capability(self) -> int:
-        if not self.use_mxfp8:
-            return 80
-        return 0 if envs.SGLANG_MXFP8_EMULATION.get() else 100
+        emulated = self.use_mxfp8 and envs.SGLANG_MXFP8_EMULATION.get()
+        return 0 if emulated else 80
 
     @cached_property
     def mxfp8_linear_options(self) -> Mxfp8LinearOptions:

@@ -31,9 +31,10 @@ triton_mxfp8_linear, _linear_scale, _quantized_input
     why: upstream's Triton linear takes no empty batch, no swizzled scale, and is no op
     until: the base is 0.5.10 or later
 
-bf16_mxfp8_linear
-    why: a layer that no MXFP8 kernel takes still has to be served
-    until: a kernel takes every shape
+weight_only_mxfp8_linear
+    why: GPUs without MXFP8 products, and layers that no such kernel takes
+    thread: sgl-project/sglang#28852
+    until: upstream has a weight-only MXFP8 kernel
 """
 
 from __future__ import annotations
@@ -59,10 +60,8 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     flashinfer_version,
     mxfp8_kernels_missing,
 )
-from sglang.srt.layers.quantization.mxfp8.weights import (
-    dequantized_weight,
-    kernel_scale,
-)
+from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
+from sglang.srt.layers.quantization.mxfp8.weights import kernel_scale
 from sglang.srt.utils.common import sglang_lib
 from sglang.srt.utils.custom_op import register_custom_op
 
@@ -139,8 +138,10 @@ def dispatch_w8a8_mxfp8_linear(choice: Mxfp8LinearChoice) -> Callable:
             backend=choice.backend.value.removeprefix("flashinfer_"),
             max_m_8x4=choice.max_m_8x4,
         )
-    linear = bf16_mxfp8_linear if choice.backend.is_bf16() else triton_mxfp8_linear
-    return partial(_run_2d, linear)
+    if choice.backend.is_triton():
+        return partial(_run_2d, triton_mxfp8_linear)
+    settings = (choice.max_m_fused,)
+    return partial(_run_2d, weight_only_mxfp8_linear, settings=settings)
 
 
 def _run_2d(
@@ -410,21 +411,16 @@ def triton_mxfp8_linear(
 
 
 @_register_mxfp8_op(_fake_linear)
-def bf16_mxfp8_linear(
+def weight_only_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     input_scale: Optional[torch.Tensor],
     out_dtype: torch.dtype,
+    max_m_fused: int,
 ) -> torch.Tensor:
-    """[M, K] @ [N, K].T with the bf16 copy behind an e4m3 weight; activations stay bf16.
-
-    An op, since torch.compile must not see past the weight's view.
-    """
+    """[M, K] @ [N, K].T, the weight as its checkpoint has it, activations in 16 bits."""
     if input_scale is not None:
         input, scale = _quantized_input(input, input_scale)
-        input = numerics.dequantize(input, _linear_scale(input, scale))
-    output = torch.nn.functional.linear(
-        input.to(torch.bfloat16), dequantized_weight(weight)
-    )
-    return output.to(out_dtype)
+        input = numerics.dequantize(input, _linear_scale(input, scale)).to(out_dtype)
+    return weight_only_linear(input, weight, weight_scale, max_m_fused)

@@ -9,6 +9,7 @@ emulation       what FlashInfer's kernels compute, for missing hardware only
 routing         which kernel for which layer
 formats         what a checkpoint's config says
 weights         one layer's weight and scale through its life
+self_check      whether a kernel computes what it should, here and now
 agreement       ranks agree before one of them writes
 headers         what a checkpoint's files say of their tensors
 meta            a model without memory, and what arrives in it

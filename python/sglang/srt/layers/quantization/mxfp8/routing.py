@@ -22,19 +22,27 @@ from packaging.version import Version
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
 from sglang.srt.utils import (
     get_device_capability,
     get_device_name,
     is_cuda,
     is_flashinfer_available,
     is_sm100_supported,
+    log_info_on_rank0,
 )
 
 logger = logging.getLogger(__name__)
 
 MIN_FLASHINFER = "0.6.7"
 ANY_M = 2**31 - 1
+# Where 8x4 activation scales are faster, by `_max_m_8x4`.
+MAX_N_8X4, MAX_M_8X4 = 2560, 128
 SF_LAYOUTS = ("auto", "8x4", "128x4")
+_WEIGHT_ONLY_NOTE = (
+    "No MXFP8 product runs on this device: MXFP8 linear layers multiply 16-bit "
+    "activations by weights that are decoded on the fly (weight_only)."
+)
 CONFIG_DIR = os.path.join(
     os.path.dirname(os.path.dirname(__file__)), "configs", "mxfp8"
 )
@@ -47,7 +55,7 @@ class Mxfp8LinearBackend(Enum):
     FLASHINFER_TRTLLM = "flashinfer_trtllm"
     FLASHINFER_CUTLASS = "flashinfer_cutlass"
     TRITON = "triton"
-    BF16 = "bf16"
+    WEIGHT_ONLY = "weight_only"
 
     def is_flashinfer_trtllm(self) -> bool:
         return self == Mxfp8LinearBackend.FLASHINFER_TRTLLM
@@ -55,12 +63,15 @@ class Mxfp8LinearBackend(Enum):
     def is_flashinfer(self) -> bool:
         return self in _FLASHINFER_GPUS
 
-    def is_bf16(self) -> bool:
-        return self == Mxfp8LinearBackend.BF16
+    def is_triton(self) -> bool:
+        return self == Mxfp8LinearBackend.TRITON
+
+    def is_weight_only(self) -> bool:
+        return self == Mxfp8LinearBackend.WEIGHT_ONLY
 
 
 _FALLBACKS = tuple(Mxfp8LinearBackend)
-TRTLLM, CUTLASS, TRITON, BF16 = _FALLBACKS
+TRTLLM, CUTLASS, TRITON, WEIGHT_ONLY = _FALLBACKS
 # Compute capabilities that FlashInfer's mm_mxfp8 declares, 0.6.7.post3.
 _FLASHINFER_GPUS = {
     TRTLLM: {(10, 0): "SM100", (10, 3): "SM103"},
@@ -87,7 +98,7 @@ class Mxfp8LinearOptions:
 
     Attributes:
         preferred: the backend that a layer gets if it can.
-        available: all that run here, emulated ones included; bf16 always does.
+        available: all that run here, emulated ones included; weight_only is the last.
         is_auto: the flag left the backend open, so a tuned table may choose it.
         forced: (pattern, backend), the first match wins over everything else.
         sf_layout: "auto", "8x4" or "128x4".
@@ -117,15 +128,20 @@ class Mxfp8LinearChoice:
     Attributes:
         reason: why it is not the preferred backend, or "".
         max_m_8x4: calls with M up to it use 8x4 activation scales; 0 for none.
+        max_m_fused: calls of weight_only with M up to it decode in the product.
     """
 
     backend: Mxfp8LinearBackend
     reason: str = ""
     max_m_8x4: int = 0
+    max_m_fused: int = 0
 
 
 def mxfp8_kernels_missing(backend: Mxfp8LinearBackend) -> str:
     """What this machine lacks to run `backend`'s kernels, or ""."""
+    if backend == WEIGHT_ONLY:
+        too_old = is_cuda() and get_device_capability() < (8, 0)
+        return "an SM80 or later GPU" if too_old else ""
     if backend == TRITON:
         runs = is_cuda() and is_sm100_supported()
         return "" if runs else "an SM100 or SM103 GPU"
@@ -150,27 +166,33 @@ def flashinfer_version() -> Optional[str]:
 def resolve_mxfp8_linear_backend(flag: str) -> Mxfp8LinearOptions:
     """What `--fp8-gemm-backend flag` and the environment mean on this machine.
 
-    `auto` is the first of flashinfer_trtllm, flashinfer_cutlass and triton that runs
-    here. Raises ValueError for a flag or an environment variable that means nothing for
-    MXFP8, RuntimeError naming what is missing where this machine cannot run the flag.
+    `auto` is the first of flashinfer_trtllm, flashinfer_cutlass, triton and weight_only
+    that runs here; `triton` is weight_only on a GPU without block-scaled products. Raises
+    ValueError for a flag or an environment variable that means nothing for MXFP8,
+    RuntimeError naming what is missing where this machine cannot run the flag.
     """
-    kernels = (TRTLLM, CUTLASS, TRITON)
-    missing = {backend: mxfp8_kernels_missing(backend) for backend in kernels}
+    missing = {backend: mxfp8_kernels_missing(backend) for backend in _FALLBACKS}
     emulated = envs.SGLANG_MXFP8_EMULATION.get()
     available = tuple(
-        b for b in kernels if not missing[b] or (emulated and b.is_flashinfer())
+        b for b in _FALLBACKS if not missing[b] or (emulated and b.is_flashinfer())
     )
-    if flag not in ("auto", *(backend.value for backend in kernels)):
+    if flag not in ("auto", *(b.value for b in (TRTLLM, CUTLASS, TRITON))):
         raise ValueError(
             f"--fp8-gemm-backend={flag} has no MXFP8 linear; choose "
             "flashinfer_trtllm, flashinfer_cutlass, triton or auto, and unset "
             "SGLANG_SUPPORT_CUTLASS_BLOCK_FP8, which makes auto cutlass."
         )
-    # A machine with kernels does not emulate unless it is told what to emulate.
-    runs = [b for b in kernels if not missing[b]] or available
-    asked = Mxfp8LinearBackend(flag) if flag != "auto" else next(iter(runs), TRTLLM)
+    # A GPU with kernels does not emulate unless it is told what to emulate.
+    runs = [b for b in _FALLBACKS if is_cuda() and not missing[b]] or available
+    asked = (
+        Mxfp8LinearBackend(flag) if flag != "auto" else next(iter(runs), WEIGHT_ONLY)
+    )
+    if flag == "triton" and missing[TRITON] and is_cuda():
+        asked = WEIGHT_ONLY
     if asked not in available:
         raise _cannot_run(flag, missing[asked])
+    if asked == WEIGHT_ONLY:
+        log_info_on_rank0(logger, _WEIGHT_ONLY_NOTE)
     return Mxfp8LinearOptions(
         preferred=asked,
         available=available,
@@ -189,8 +211,9 @@ def _cannot_run(flag: str, missing: str) -> RuntimeError:
     device = torch.cuda.get_device_name() if is_cuda() else "a device without CUDA"
     return RuntimeError(
         f"--fp8-gemm-backend={flag} cannot serve an MXFP8 model on {device}: it needs "
-        f"{missing}. To run flashinfer_trtllm or flashinfer_cutlass without the kernels, "
-        "slowly, set SGLANG_MXFP8_EMULATION=1."
+        f"{missing}. auto takes what runs here: weight_only, from SM80 on. To run "
+        "flashinfer_trtllm or flashinfer_cutlass without the kernels, slowly, set "
+        "SGLANG_MXFP8_EMULATION=1."
     )
 
 
@@ -198,9 +221,14 @@ def _parse_forced(
     text: str, available: Tuple[Mxfp8LinearBackend, ...]
 ) -> Tuple[Tuple[str, Mxfp8LinearBackend], ...]:
     forced = []
-    choices = {backend.value: backend for backend in (*available, BF16)}
+    choices = {backend.value: backend for backend in available}
     for item in filter(None, map(str.strip, text.split(","))):
         pattern, _, name = map(str.strip, item.partition("="))
+        if name == "bf16":
+            raise ValueError(
+                f"SGLANG_MXFP8_LINEAR_BACKEND: {item!r} asks for a bf16 copy, which no "
+                "layer has any more; weight_only computes the same from the MXFP8 bytes"
+            )
         if not pattern or name not in choices:
             raise ValueError(
                 f"SGLANG_MXFP8_LINEAR_BACKEND: {item!r} is not PATTERN=BACKEND with one "
@@ -252,8 +280,48 @@ def select_mxfp8_linear_backend(
             f"SGLANG_MXFP8_LINEAR_BACKEND has {forced[0]}={first.value}, but {prefix} "
             f"[{n}, {k}] cannot run on it: {'; '.join(refusals)}"
         )
-    reason = "; ".join(reasons + refusals)
-    return Mxfp8LinearChoice(backend, reason, _max_m_8x4(options, backend, n, tuned))
+    return _choice(options, backend, n, k, "; ".join(reasons + refusals))
+
+
+def choice_after(
+    options: Mxfp8LinearOptions,
+    failed: Mxfp8LinearBackend,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    prefix: str,
+    reason: str,
+) -> Mxfp8LinearChoice:
+    """What the layer runs on instead of a backend that is wrong for that reason.
+
+    Raises RuntimeError where the flag or SGLANG_MXFP8_LINEAR_BACKEND named that backend,
+    and for the last one.
+    """
+    forced = any(_matches(prefix, pattern) for pattern, _ in options.forced)
+    named = forced or (failed == options.preferred and not options.is_auto)
+    if named or failed == _FALLBACKS[-1]:
+        raise RuntimeError(
+            f"{reason}. Serve with --fp8-gemm-backend auto, or name another backend for "
+            "the layer in SGLANG_MXFP8_LINEAR_BACKEND"
+        )
+    following = _FALLBACKS[_FALLBACKS.index(failed) + 1]
+    backend, refusals = _first_that_takes(following, options.available, n, k, dtype)
+    return _choice(options, backend, n, k, "; ".join([reason, *refusals]))
+
+
+def _choice(
+    options: Mxfp8LinearOptions,
+    backend: Mxfp8LinearBackend,
+    n: int,
+    k: int,
+    reason: str,
+) -> Mxfp8LinearChoice:
+    return Mxfp8LinearChoice(
+        backend,
+        reason,
+        max_m_8x4=_max_m_8x4(options, backend, n, options.tuned.get((n, k))),
+        max_m_fused=max_m_fused(n, k) if backend == WEIGHT_ONLY else 0,
+    )
 
 
 def _matches(prefix: str, pattern: str) -> bool:
@@ -270,8 +338,6 @@ def _first_that_takes(
 ) -> Tuple[Mxfp8LinearBackend, List[str]]:
     refusals: List[str] = []
     for backend in _FALLBACKS[_FALLBACKS.index(first) :]:
-        if backend == BF16:
-            break
         if backend not in available:
             continue
         refusal = _REFUSALS[backend](n, k, dtype)
@@ -279,7 +345,7 @@ def _first_that_takes(
             return backend, refusals
         if refusal not in refusals:
             refusals.append(refusal)
-    return BF16, refusals
+    return WEIGHT_ONLY, refusals
 
 
 def _trtllm_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
@@ -306,10 +372,15 @@ def _triton_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
     return None
 
 
+def _weight_only_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
+    return None
+
+
 _REFUSALS = {
     TRTLLM: _trtllm_refusal,
     CUTLASS: _cutlass_refusal,
     TRITON: _triton_refusal,
+    WEIGHT_ONLY: _weight_only_refusal,
 }
 
 
@@ -321,7 +392,7 @@ def _max_m_8x4(
 ) -> int:
     """The largest M for which trtllm's activation scales are 8x4.
 
-    By default 128 for N <= 2560 and 0 otherwise: on a GB200, 8x4 was faster for
+    By default MAX_M_8X4 for N <= MAX_N_8X4 and 0 otherwise: on a GB200, 8x4 was faster for
     (N, K) = (2304, 8192) and (2560, 8192) up to M = 128, and 128x4 for N >= 8192 at every
     M (vllm-project/vllm#52275). Between 2560 and 8192 nothing is published, and sglang's
     128x4 stays.
@@ -333,7 +404,7 @@ def _max_m_8x4(
         return ANY_M
     if tuned:
         return tuned.max_m_8x4
-    return 128 if n <= 2560 else 0
+    return MAX_M_8X4 if n <= MAX_N_8X4 else 0
 
 
 def config_file(device_name: str) -> str:

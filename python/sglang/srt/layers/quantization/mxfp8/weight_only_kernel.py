@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(32)  # elements along K that share a scale
+MAX_PARTS = 6
+STREAMS = 16  # that can run split products at a time without a launch to zero counters
 COUNTERS = 4096  # tiles that can be split along K in one launch
 
 
@@ -157,20 +159,10 @@ def _finish(sums, at, inside, place, counter):
 
 @triton.jit(do_not_specialize=["M"])
 def _sum_kernel(
-    x,
-    w,
-    s,
-    out,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_w,
-    stride_s,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    EVEN: tl.constexpr,
-    DECODE: tl.constexpr,
+    # fmt: off
+    x, w, s, out, M, N, K, stride_x, stride_w, stride_s, BN: tl.constexpr,
+    BK: tl.constexpr, EVEN: tl.constexpr, DECODE: tl.constexpr,
+    # fmt: on
 ):
     """One row of x and BN rows of W a program; the scale goes onto each group's sum."""
     program = tl.program_id(0)
@@ -186,14 +178,9 @@ def _sum_kernel(
     for start in range(0, K, BK):
         inside = k < (BK if EVEN else K - start)
         groups_inside = g * GROUP < (BK if EVEN else K - start)
-        codes = tl.load(
-            w_at + start,
-            mask=inside[None, :],
-            other=0,
-            eviction_policy="evict_first",
-        )
-        tokens = tl.load(x + start + k, mask=inside, other=0.0).to(tl.float32)
-        byte = tl.load(s_at + start // GROUP, mask=groups_inside[None, :], other=0)
+        codes = tl.load(w_at + start, inside[None, :], 0, eviction_policy="evict_first")
+        tokens = tl.load(x + start + k, inside, 0.0).to(tl.float32)
+        byte = tl.load(s_at + start // GROUP, groups_inside[None, :], 0)
         terms = _values(codes, DECODE) * tokens[None, :]
         group_sums = tl.sum(terms.reshape(BN, BK // GROUP, GROUP), axis=2)
         sums += group_sums * _power_of_two(byte.to(tl.int32))
@@ -203,25 +190,11 @@ def _sum_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def _dot_kernel(
-    x,
-    w,
-    s,
-    out,
-    partial,
-    counters,
-    M,
-    N,
-    K,
-    stride_x,
-    stride_w,
-    stride_s,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    WEIGHT_LEFT: tl.constexpr,
-    STAGES: tl.constexpr,
-    EVEN: tl.constexpr,
-    DECODE: tl.constexpr,
+    # fmt: off
+    x, w, s, out, partial, counters, M, N, K, stride_x, stride_w, stride_s,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, DECODE: tl.constexpr,
+    # fmt: on
 ):
     """A [BM, BN] tile, or what a part of K adds to it, a program."""
     GROUPS: tl.constexpr = BK // GROUP
@@ -247,18 +220,16 @@ def _dot_kernel(
         sums = tl.zeros((BM, BN), tl.float32)
     # Scales are too small for asynchronous copies: they are loaded one block ahead.
     ahead = tl.minimum(first, blocks - 1) * GROUPS
-    byte = tl.load(s_at + ahead, mask=g[None, :] < K // GROUP - ahead, other=0)
+    byte = tl.load(s_at + ahead, g[None, :] < K // GROUP - ahead, 0)
     for block in tl.range(first, last, num_stages=STAGES):
         start = block * BK
         inside = k[None, :] < (BK if EVEN else K - start)
-        codes = tl.load(
-            w_at + start, mask=inside, other=0, eviction_policy="evict_first"
-        )
-        tokens = tl.load(x_at + start, mask=rows_inside & inside, other=0.0)
+        codes = tl.load(w_at + start, inside, 0, eviction_policy="evict_first")
+        tokens = tl.load(x_at + start, rows_inside & inside, 0.0)
         scale = byte.to(tl.int32)
         ahead = tl.minimum(block + 1, last - 1) * GROUPS
         groups_inside = g[None, :] < (GROUPS if EVEN else K // GROUP - ahead)
-        byte = tl.load(s_at + ahead, mask=groups_inside, other=0)
+        byte = tl.load(s_at + ahead, groups_inside, 0)
         weights = _weights(codes, scale, x.dtype.element_ty, DECODE)
         tokens = tokens.to(weights.dtype)
         if WEIGHT_LEFT:
@@ -275,16 +246,10 @@ def _dot_kernel(
 
 @triton.jit
 def _decode_kernel(
-    w,
-    s,
-    out,
-    N,
-    K,
-    stride_w,
-    stride_s,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    # fmt: off
+    w, s, out, N, K, stride_w, stride_s, BN: tl.constexpr, BK: tl.constexpr,
     DECODE: tl.constexpr,
+    # fmt: on
 ):
     """The weights of a [BN, BK] tile a program."""
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -309,15 +274,22 @@ class Tiling(NamedTuple):
     weight_left: bool
     warps: int
     stages: int
-    programs: int  # a multiprocessor, up to which K is split
+    programs: float  # a multiprocessor, for which K is split
 
 
-# Up to this M: what was fastest on an H100 (benchmark/results/mxfp8_weight_only_h100.md).
+# By the greatest M of each, as measured on an H100 (mxfp8_weight_only_h100.md).
 TILINGS = {
     16: Tiling(16, 32, 128, False, 2, 3, 6),
-    32: Tiling(32, 64, 128, False, 4, 3, 3),
+    32: Tiling(32, 64, 128, True, 4, 3, 3),
     64: Tiling(64, 64, 128, True, 4, 3, 2),
-    128: Tiling(128, 64, 64, False, 4, 3, 2),
+    128: Tiling(128, 64, 64, False, 4, 3, 2.5),
+}
+SMALL = 16 << 20  # weights of fewer codes have tilings of their own
+SMALL_TILINGS = {
+    16: Tiling(16, 32, 256, False, 4, 3, 3),
+    32: Tiling(32, 32, 128, False, 4, 3, 4),
+    64: Tiling(64, 32, 128, False, 4, 3, 3),
+    128: Tiling(64, 64, 128, True, 4, 3, 2),
 }
 
 
@@ -325,16 +297,20 @@ def tiling_and_parts(
     m: int, n: int, k: int, multiprocessors: int
 ) -> Tuple[Tiling, int]:
     """The tiling of a product, and into how many parts its K is split."""
-    tiling = next((TILINGS[limit] for limit in TILINGS if m <= limit), TILINGS[128])
+    tilings = SMALL_TILINGS if n * k < SMALL else TILINGS
+    tiling = next((tilings[limit] for limit in tilings if m <= limit), tilings[128])
     tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
-    # A part costs its sums' way through memory; with few tiles it costs less than it gives.
-    least = 4 if 2 * tiles < multiprocessors else 8
-    parts = min(
-        tiling.programs * multiprocessors // tiles,
-        triton.cdiv(k, tiling.bk) // least,
-        8,
-    )
-    return tiling, max(1, parts)
+    # The sums of a part go through memory, which a few hundred columns of K must pay.
+    least = 512 if 2 * tiles < multiprocessors else 1024
+    most = min(int(1.5 * tiling.programs * multiprocessors / tiles), k // least)
+
+    def fit(parts: int) -> Tuple[float, float]:
+        """How evenly the multiprocessors are loaded, and how near to the best load."""
+        programs = tiles * parts
+        even = programs / triton.cdiv(programs, multiprocessors)
+        return even, -abs(programs / multiprocessors - tiling.programs)
+
+    return tiling, max(range(1, max(1, min(most, MAX_PARTS)) + 1), key=fit)
 
 
 def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -345,34 +321,25 @@ def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
     weight = weight.view(torch.uint8)  # Triton has no e4m3 on SM80
     sizes = (m, n, k, x.stride(0), weight.stride(0), scale.stride(0))
     decode = _decoder(x.device)
-    if m == 1:
+    # Each row of x reads the weight again, which while it is small costs less than a split.
+    if m == 1 or (m <= 4 and m * n * k <= 12 << 20):
         bk = next((size for size in (2048, 1024) if k % size == 0), 512)
         bn = 4 if bk == 2048 else 8
+        tile = (bn, bk, k % bk == 0, decode)
         _sum_kernel[(triton.cdiv(n, bn) * m,)](
-            x, weight, scale, out, *sizes, bn, bk, k % bk == 0, decode, num_warps=4
+            x, weight, scale, out, *sizes, *tile, num_warps=4
         )
         return out
     tiling, parts = tiling_and_parts(m, n, k, _multiprocessors(x.device))
-    tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
+    bm, bn, bk, weight_left, warps, stages, _ = tiling
+    tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     partial = counters = out
     if parts > 1:
-        size = tiles * parts * tiling.bm * tiling.bn
-        partial = torch.empty(size, dtype=torch.float32, device=x.device)
+        partial = x.new_empty(tiles * parts * bm * bn, dtype=torch.float32)
         counters = _counters(x.device)
+    tile = (bm, bn, bk, weight_left, stages, k % bk == 0, decode)
     _dot_kernel[(tiles, parts)](
-        x,
-        weight,
-        scale,
-        out,
-        partial,
-        counters,
-        *sizes,
-        *tiling[:3],
-        tiling.weight_left,
-        tiling.stages,
-        k % tiling.bk == 0,
-        decode,
-        num_warps=tiling.warps,
+        x, weight, scale, out, partial, counters, *sizes, *tile, num_warps=warps
     )
     return out
 
@@ -380,17 +347,9 @@ def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
 def decode_into(out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> None:
     """Write the decoded weight to `out`, contiguous [N, K], bf16 or fp16."""
     n, k = weight.shape
+    sizes = (n, k, weight.stride(0), scale.stride(0))
     _decode_kernel[(triton.cdiv(k, 256), triton.cdiv(n, 16))](
-        weight.view(torch.uint8),
-        scale,
-        out,
-        n,
-        k,
-        weight.stride(0),
-        scale.stride(0),
-        16,
-        256,
-        _decoder(out.device),
+        weight.view(torch.uint8), scale, out, *sizes, 16, 256, _decoder(out.device)
     )
 
 
@@ -409,18 +368,26 @@ def _decoder(device: torch.device) -> str:
     return "native" if native else "integer"
 
 
-_COUNTERS: Dict[Tuple[torch.device, int], torch.Tensor] = {}
+_STREAMS: Dict[torch.device, Dict[int, torch.Tensor]] = {}
 
 
 def _counters(device: torch.device) -> torch.Tensor:
-    """Zeros that every launch leaves zero; launches on one stream do not overlap."""
+    """Zeros that a launch leaves zero, of the current stream alone.
+
+    So launches that may overlap do not share them, unless graphs that were captured on
+    one stream are replayed on two at a time.
+    """
     if device.type != "cuda":
         return torch.zeros(COUNTERS, dtype=torch.int32)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    counters = _COUNTERS.get((device, stream))
-    if counters is None:
-        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            # While captured they are zeroed by the graph, and only when it runs.
-            _COUNTERS[device, stream] = counters
-    return counters
+    stream = torch.cuda.current_stream(device)
+    if device not in _STREAMS and not torch.cuda.is_current_stream_capturing():
+        rows = torch.zeros(STREAMS, COUNTERS, dtype=torch.int32, device=device)
+        stream.synchronize()
+        _STREAMS[device] = dict(enumerate(rows, -STREAMS))
+    of_stream = _STREAMS.get(device, {})
+    if stream.cuda_stream not in of_stream:
+        unused = min(of_stream, default=0)
+        if unused >= 0:  # none prepared, or all taken
+            return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        of_stream[stream.cuda_stream] = of_stream.pop(unused)
+    return of_stream[stream.cuda_stream]

@@ -3,8 +3,8 @@
 The checkpoint form is what a checkpoint holds: e4m3 [N, K] and E8M0 bytes [N, K/32].
 The kernel form is what the layer's backend reads, in the same memory: for FlashInfer a
 permutation of the same bytes, undone before a weight update writes a part of them. What
-the kernel form needs beyond the checkpoint's bytes (a scale's padding, a dequantized
-weight) lies in the parameter's storage, beyond its view. Parameters keep their
+the kernel form needs beyond the checkpoint's bytes (a scale's padding) lies in the
+parameter's storage, beyond its view. Parameters keep their
 identity, class, shape and address in both forms.
 """
 
@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from sglang.srt.layers.quantization.mxfp8.formats import SCALE
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
-    align,
     shuffle_rows_,
     swizzle_scale_,
     swizzled_scale_numel,
@@ -171,10 +170,6 @@ class Mxfp8LinearWeights:
                     swizzle_scale_(kernel_scale(scale), *scale.shape, shuffled)
                     if shuffled:
                         shuffle_rows_(weight)
-                elif self.backend.is_bf16():
-                    copy = dequantized_weight(weight)
-                    for rows in _row_slabs(weight):
-                        copy[rows].copy_(dequantize(weight[rows], scale[rows]))
             self.form = Form.KERNEL
 
     def to_checkpoint_form(self) -> None:
@@ -333,11 +328,9 @@ class Mxfp8LinearWeights:
 
     def _needed_bytes(self) -> List[Tuple[torch.nn.Parameter, int]]:
         """The parameters whose storage has more than their view, and its bytes."""
-        weight, scale = self.layer.weight, self.layer.weight_scale_inv
+        scale = self.layer.weight_scale_inv
         if self.backend.is_flashinfer():
             return [(scale, swizzled_scale_numel(*scale.shape))]
-        if self.backend.is_bf16():
-            return [(weight, dequantized_end(*weight.shape))]
         return []
 
     def _note(self, name: str, shard, shape: torch.Size) -> None:
@@ -502,19 +495,6 @@ def kernel_scale(scale: torch.Tensor) -> torch.Tensor:
     (from torch) when the storage is too small, as after a copy of the bare view.
     """
     return scale.as_strided((swizzled_scale_numel(*scale.shape),), (1,))
-
-
-def dequantized_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The bf16 [N, K] weight in the storage of a registered e4m3 [N, K], beyond its view."""
-    n, k = weight.shape
-    start = align(n * k, 16)
-    behind = weight.view(torch.uint8).as_strided((2 * n * k,), (1,), start)
-    return behind.view(torch.bfloat16).view(n, k)
-
-
-def dequantized_end(n: int, k: int) -> int:
-    """Bytes of the storage that `dequantized_weight` reads to."""
-    return align(n * k, 16) + 2 * n * k
 
 
 def mla_kv_b_weight(self_attn: torch.nn.Module) -> torch.Tensor:

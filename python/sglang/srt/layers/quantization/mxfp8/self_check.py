@@ -1,0 +1,378 @@
+"""Runs a model's MXFP8 kernels once, before they serve, and compares them with plain torch.
+
+Each distinct kernel, shape and scale layout runs on the bytes of a layer that uses it,
+through the function that serves it. What is wrong is replaced, or the server stops.
+
+The bound of one element of x @ w^T is two steps of the output's dtype, and what sums of K
+products in fp32 may differ by. In any order that is less than K u sum|x w|, u = 2^-24;
+independent roundings stay below c sqrt(K) u sum|x w|, but for a chance of 2 exp(-c^2 / 2)
+(Higham and Mary, 2019, theorem 2.4). Here c is 8.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Callable, Dict, List, Tuple
+
+import torch
+
+from sglang.srt.layers.quantization.mxfp8.numerics import (
+    GROUP_SIZE,
+    dequantize,
+    quantize,
+)
+from sglang.srt.layers.quantization.mxfp8.routing import (
+    ANY_M,
+    Mxfp8LinearChoice,
+    choice_after,
+    flashinfer_version,
+)
+from sglang.srt.layers.quantization.mxfp8.weights import Mxfp8LinearWeights
+
+logger = logging.getLogger(__name__)
+
+# Rows of input at which a tile of some kernel begins or ends.
+TILE_ROWS = (1, 128, 129, 160)
+LARGEST_SCALE = 230  # a byte: weights of it, times 2^12 inputs of 2^12, are in fp32
+FP32_ROUNDING = 2.0**-24
+FP16_SUBNORMAL_ROUNDING = 2.0**-25
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is checked once: a choice, for one shape and dtype."""
+
+    choice: Mxfp8LinearChoice
+    n: int
+    k: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, weights: Mxfp8LinearWeights) -> "Kernel":
+        layer, choice = weights.layer, replace(weights.choice, reason="")
+        return cls(choice, *layer.weight.shape, layer.orig_dtype)
+
+    def rows(self) -> List[int]:
+        """The M at which the kernel, or the layout of its scales, changes."""
+        last = {self.choice.max_m_8x4, self.choice.max_m_fused} - {0, ANY_M}
+        return sorted({*TILE_ROWS, *last, *(m + 1 for m in last)})
+
+    def layout(self, m: int) -> str:
+        if not self.choice.backend.is_flashinfer_trtllm():
+            return ""
+        return "8x4" if m <= self.choice.max_m_8x4 else "128x4"
+
+    def at(self, m: int) -> str:
+        layout = f", {self.layout(m)} scales" if self.layout(m) else ""
+        return f"{self.choice.backend.value} [{self.n}, {self.k}], M = {m}{layout}"
+
+
+@dataclass
+class Result:
+    """What one call of a kernel came to.
+
+    Attributes:
+        error: the largest error in units of its bound: above 1, or NaN, is wrong.
+        failure: what the kernel raised, or "".
+    """
+
+    m: int
+    seconds: float = 0.0
+    error: float = 0.0
+    failure: str = ""
+
+    def worst(self, error: torch.Tensor) -> None:
+        """Keep the larger error, or NaN."""
+        self.error = float(torch.maximum(error, error.new_tensor(self.error)))
+
+    @property
+    def is_right(self) -> bool:
+        return not self.failure and self.error <= 1
+
+    def __str__(self) -> str:
+        return (
+            self.failure or f"{self.error:.3g} times the error that rounding explains"
+        )
+
+
+Results = Dict[Kernel, List[Result]]
+
+
+def check_kernels(layers: List[Mxfp8LinearWeights], gather: Callable) -> None:
+    """Check the kernels of loaded layers, and give layers whose kernel is wrong another.
+
+    Args:
+        gather: collective; the list of every rank's value. All ranks do the same.
+
+    Raises RuntimeError for a wrong kernel that the flag or the environment named or that
+    no other replaces, and for one that breaks the CUDA context.
+    """
+    started, results = time.perf_counter(), {}
+    while True:
+        new = {Kernel.of(w): w for w in layers if Kernel.of(w) not in results}
+        results |= {kernel: run_kernel(kernel, w) for kernel, w in new.items()}
+        wrong = _wrong_on_any_rank({kernel: results[kernel] for kernel in new}, gather)
+        if not wrong:
+            break
+        for weights in layers:
+            if Kernel.of(weights) in wrong:
+                _replace(weights, wrong[Kernel.of(weights)])
+    served = {Kernel.of(weights) for weights in layers}
+    errors = [result.error for kernel in served for result in results[kernel]]
+    logger.info(
+        f"MXFP8 self-check: {len(served)} kernels are right; the largest error is "
+        f"{max(errors, default=0.0):.2f} of its bound "
+        f"({time.perf_counter() - started:.1f} s)"
+    )
+
+
+def _wrong_on_any_rank(results: Results, gather: Callable) -> Results:
+    wrong = {
+        kernel: [r for r in of if not r.is_right] for kernel, of in results.items()
+    }
+    merged: Results = {}
+    for of_rank in gather({kernel: of for kernel, of in wrong.items() if of}):
+        for kernel, of in of_rank.items():
+            merged.setdefault(kernel, []).extend(of)
+    return merged
+
+
+def _replace(weights: Mxfp8LinearWeights, wrong: List[Result]) -> None:
+    kernel, layer = Kernel.of(weights), weights.layer
+    reason = describe(kernel, wrong)
+    if all(result.m <= kernel.choice.max_m_8x4 for result in wrong):
+        choice = replace(weights.choice, max_m_8x4=0)
+    else:
+        choice = choice_after(
+            layer.quant_method.mxfp8_options,
+            weights.backend,
+            kernel.n,
+            kernel.k,
+            kernel.dtype,
+            getattr(layer, "prefix", ""),
+            reason,
+        )
+    instead = replace(kernel, choice=choice).at(wrong[0].m)
+    _warn(f"{reason}. {instead} serves instead. Please report it.")
+    layer.quant_method.use_mxfp8_choice(layer, choice)
+
+
+@lru_cache(maxsize=None)
+def _warn(message: str) -> None:
+    """Once for all layers of a shape."""
+    logger.warning(message)
+
+
+def describe(kernel: Kernel, wrong: List[Result]) -> str:
+    worst = next((r for r in wrong if not r.error <= 1 or r.failure), wrong[0])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    return (
+        f"MXFP8 self-check: {kernel.at(worst.m)} is wrong: {worst} (on {device}, "
+        f"flashinfer {flashinfer_version()})"
+    )
+
+
+def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
+    """Run a layer's kernel for every M of `kernel.rows()`, and measure its errors.
+
+    Uses random bytes, prepared in the same way, for a layer whose own are all zero, leave
+    the range of fp32, or are offloaded.
+    Raises RuntimeError if a call breaks the CUDA context: nothing runs after that.
+    """
+    if weights.is_offloaded() or not 0 < _largest_scale(weights) < LARGEST_SCALE:
+        linear = weights.layer.w8a8_mxfp8_linear
+        weights = random_weights(kernel, linear, _device())
+    x = _input(kernel, weights.layer.weight.device)
+    results = [Result(m) for m in kernel.rows()]
+    outputs = [_run(kernel, weights.layer, x, result) for result in results]
+    if kernel.choice.backend.is_weight_only():
+        taken = x.double()
+    else:
+        taken = dequantize(*quantize(x)).double()
+    for rows, weight, scale in weights.checkpoint_slabs():
+        expected, bound = _expect(kernel, taken, weight, scale)
+        for result, output in zip(results, outputs):
+            if output is not None:
+                m = slice(result.m)
+                error = (output[:, rows].double() - expected[m]).abs() / bound[m]
+                # Of zeros the bound is zero, and beyond the dtype's range is infinity.
+                exact = output[:, rows] == expected[m].to(output.dtype)
+                result.worst(error.masked_fill(exact, 0).amax())
+    return results
+
+
+def _largest_scale(weights: Mxfp8LinearWeights) -> int:
+    return max(int(scale.max()) for _, _, scale in weights.checkpoint_slabs())
+
+
+def _run(kernel: Kernel, layer: torch.nn.Module, x: torch.Tensor, result: Result):
+    """The output [M, N] of one call, or None if it raised, which `result` then has."""
+    input, input_scale = x[: result.m], None
+    if kernel.choice.backend.is_triton():  # upstream's quantizer is not in question
+        input, input_scale = quantize(input)
+    if x.is_cuda:  # on record, should the process end in it
+        logger.info(f"MXFP8 self-check: {kernel.at(result.m)}")
+    # The output is most likely allocated where these lie.
+    torch.full((result.m, kernel.n), float("nan"), dtype=x.dtype, device=x.device)
+    started = time.perf_counter()
+    try:
+        output = layer.w8a8_mxfp8_linear(
+            input=input,
+            weight=layer.weight,
+            weight_scale=layer.weight_scale_inv,
+            input_scale=input_scale,
+        )
+        _wait(x)
+    except Exception as error:
+        result.failure = repr(error)
+        try:
+            _wait(x)
+        except Exception:
+            raise RuntimeError(
+                f"{describe(kernel, [result])}. It broke the CUDA context; start with "
+                "another backend for it in SGLANG_MXFP8_LINEAR_BACKEND"
+            ) from error
+        return None
+    result.seconds = time.perf_counter() - started
+    return output
+
+
+def _wait(x: torch.Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _expect(
+    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Of [M, K] fp64 and rows of the weight: the product, and how far one may be off."""
+    weight = dequantize(weight, scale).double()
+    expected = x @ weight.t()
+    # Just below a power of two, the next number of the dtype is a step of the next size.
+    eps = torch.finfo(kernel.dtype).eps
+    exponent = torch.frexp(expected * (1 + eps)).exponent - 1
+    step = torch.ldexp(torch.full_like(expected, eps), exponent)
+    step = step.masked_fill(expected == 0, 0)
+    sums = x.abs() @ weight.abs().t()
+    bound = 2 * step + 8 * kernel.k**0.5 * FP32_ROUNDING * sums
+    if kernel.choice.backend.is_weight_only() and kernel.dtype == torch.float16:
+        bound += FP16_SUBNORMAL_ROUNDING * x.abs().sum(1, keepdim=True)
+    return expected, bound
+
+
+def _input(kernel: Kernel, device: torch.device) -> torch.Tensor:
+    """Random [M, K] of the largest M: groups of many sizes, one of zeros in each row, and
+    a row of zeros."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = kernel.rows()[-1], kernel.k // GROUP_SIZE
+    x = torch.randn(*shape, GROUP_SIZE, generator=generator, device=device)
+    x *= torch.randint(-3, 4, shape, generator=generator, device=device).exp2()[
+        ..., None
+    ]
+    row = torch.arange(shape[0], device=device)
+    x[row, row % shape[1]] = 0
+    x[2] = 0
+    return x.flatten(1).to(kernel.dtype)
+
+
+def random_weights(
+    kernel: Kernel, linear: Callable, device: torch.device
+) -> Mxfp8LinearWeights:
+    """A layer of the kernel's shape with random bytes, in kernel form."""
+    generator = torch.Generator(device).manual_seed(1)
+    layer, random = torch.nn.Module(), partial(
+        torch.randint, generator=generator, device=device, dtype=torch.uint8
+    )
+    codes = random(256, (kernel.n, kernel.k))
+    codes.masked_fill_(codes & 0x7F == 0x7F, 0)  # which are NaN
+    scale = random(110, 130, (kernel.n, kernel.k // GROUP_SIZE))
+    for name, data in (
+        ("weight", codes.view(torch.float8_e4m3fn)),
+        ("weight_scale_inv", scale),
+    ):
+        setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
+    layer.w8a8_mxfp8_linear = linear
+    weights = Mxfp8LinearWeights(layer, kernel.choice, quantize_on_load=False)
+    weights.release()
+    weights.to_kernel_form()
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Check the MXFP8 kernels of a model's shapes on this machine, with "
+        "random weights. Needs the model's config.json only; ends with 1 if one is wrong."
+    )
+    parser.add_argument("--model", required=True, help="folder of its config.json")
+    parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
+    parser.add_argument("--fp8-gemm-backend", default="auto", help="as of the server")
+    arguments = parser.parse_args()
+    layers = _layers_on_meta(arguments.model, arguments.tp, arguments.fp8_gemm_backend)
+    table, all_right = "{:18} {:>15} {:>6} {:7} {:>9} {:>9}  {}", True
+    print(table.format("backend", "[N, K]", "M", "scales", "error", "ms", ""))
+    for kernel, weights in {Kernel.of(w): w for w in layers}.items():
+        linear = weights.layer.w8a8_mxfp8_linear
+        for result in run_kernel(kernel, random_weights(kernel, linear, _device())):
+            all_right &= result.is_right
+            print(
+                table.format(
+                    kernel.choice.backend.value,
+                    f"[{kernel.n}, {kernel.k}]",
+                    result.m,
+                    kernel.layout(result.m),
+                    f"{result.error:.2f}",
+                    f"{1000 * result.seconds:.2f}",
+                    "" if result.is_right else f"WRONG {result.failure}",
+                )
+            )
+    sys.exit(0 if all_right else 1)
+
+
+def _layers_on_meta(path: str, tp: int, flag: str) -> List[Mxfp8LinearWeights]:
+    """The MXFP8 layers of the model, as one of `tp` ranks builds them."""
+    # A model is more than this module may know of; only the command builds one.
+    from sglang.srt import server_args
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers.dp_attention import initialize_dp_attention
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
+    from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
+    from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+    from sglang.srt.model_loader import loader
+
+    arguments = server_args.ServerArgs(
+        path, tp_size=tp, fp8_gemm_runner_backend=flag, skip_tokenizer_init=True
+    )
+    config = ModelConfig.from_server_args(arguments)
+    if config.quantization is None:
+        arguments.quantization = "mxfp8"
+        config = ModelConfig.from_server_args(arguments)
+    server_args.set_global_server_args_for_scheduler(arguments)
+    initialize_fp8_gemm_config(arguments)
+    parallel_state.init_distributed_environment(
+        backend="gloo",
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method="tcp://127.0.0.1:0",
+    )
+    parallel_state.initialize_model_parallel(backend="gloo")
+    # Nothing is sent, so one process can stand for any rank.
+    parallel_state.get_tp_group().world_size = tp
+    initialize_dp_attention(arguments, config)
+    load_config = LoadConfig()
+    quant_config = loader._get_quantization_config(config, load_config)
+    model = build_on_meta(loader._initialize_model, config, load_config, quant_config)
+    return mxfp8_weights_of(model)
+
+
+if __name__ == "__main__":
+    main()

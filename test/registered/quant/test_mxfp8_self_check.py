@@ -1,0 +1,307 @@
+"""Kernels with planted faults, and what a server does about each before it answers."""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from unittest import mock
+
+import torch
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.mxfp8 import emulation, self_check
+from sglang.srt.layers.quantization.mxfp8.layout import (
+    shuffle_rows,
+    swizzle_scale,
+    swizzled_scale_numel,
+    unswizzle_scale,
+)
+from sglang.srt.layers.quantization.mxfp8.routing import (
+    CUTLASS,
+    TRTLLM,
+    WEIGHT_ONLY,
+)
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    mxfp8_config,
+    random_mxfp8,
+    reference_linear,
+    write_checkpoint,
+)
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=40, suite="default")
+
+N, K = 256, 512
+
+
+def multiply(a, b, a_scale, b_scale, use_8x4_sf_layout=False, **options):
+    options["use_8x4_sf_layout"] = use_8x4_sf_layout
+    return emulation.mm_mxfp8(a, b, a_scale, b_scale, **options)
+
+
+def with_output(change):
+    """A fault in what the kernel writes."""
+
+    def faulty(*args, **options):
+        output = multiply(*args, **options)
+        change(output)
+        return output
+
+    return faulty
+
+
+def with_scales(change, which):
+    """A fault in how it reads the scale, [rows, groups], of the input (0) or weight (1)."""
+
+    def faulty(a, b, *scales, **options):
+        scales, rows = list(scales), (a.shape[0], b.shape[1])[which]
+        tile = 8 if options["use_8x4_sf_layout"] and which == 0 else 128
+        plain = unswizzle_scale(scales[which], rows, K // 32, tile)
+        scales[which] = swizzle_scale(change(plain).contiguous(), tile)
+        return multiply(a, b, *scales, **options)
+
+    return faulty
+
+
+def rows_not_shuffled(a, b, *scales, **options):
+    return multiply(a, shuffle_rows(b.t().contiguous()).t(), *scales, **options)
+
+
+def reads_8x4_as_128x4(a, b, a_scale, b_scale, use_8x4_sf_layout, **options):
+    length = swizzled_scale_numel(a.shape[0], K // 32)
+    a_scale = torch.nn.functional.pad(a_scale, (0, length - a_scale.numel()), value=127)
+    return multiply(a, b, a_scale, b_scale, **options)
+
+
+def without_the_k_tail(a, *args, **options):
+    a = a.view(torch.uint8).clone()
+    a[:, -32:] = 0
+    return multiply(a.view(torch.float8_e4m3fn), *args, **options)
+
+
+def with_fp16_sums(a, *args, **options):
+    total = 0
+    for start in range(0, K, 32):
+        part = torch.zeros_like(a.view(torch.uint8))
+        part[:, start : start + 32] = a.view(torch.uint8)[:, start : start + 32]
+        product = multiply(part.view(torch.float8_e4m3fn), *args, **options)
+        total = (total + product.half()).half()
+    return total.bfloat16()
+
+
+def reads_padded_columns(a, b, a_scale, b_scale, **options):
+    """As a kernel that reads whole tiles of scales: zero times what padding holds."""
+    output = multiply(a, b, a_scale, b_scale, **options)
+    groups = a.shape[1] // 32
+    padded = unswizzle_scale(a_scale, a.shape[0], -(-groups // 4) * 4)
+    return (
+        output
+        + (
+            0.0
+            * padded[:, groups:]
+            .float()
+            .masked_fill(padded[:, groups:] == 255, math.nan)
+            .sum()
+        ).bfloat16()
+    )
+
+
+def raises(*args, **options):
+    raise RuntimeError("no such kernel image")
+
+
+def steps(count):
+    def change(output):
+        column = output.view(torch.int16)[:, 7]
+        column += count * (column != 0)
+
+    return with_output(change)
+
+
+FAULTS = {
+    "rows not shuffled": rows_not_shuffled,
+    "scale rows shifted by one": with_scales(lambda scale: scale.roll(1, 0), 1),
+    "scales of the neighbour group": with_scales(lambda scale: scale.roll(1, 1), 0),
+    "the K tail dropped": without_the_k_tail,
+    "the last 8 rows unwritten": with_output(lambda out: out[-8:].fill_(math.nan)),
+    "fp16 accumulation": with_fp16_sums,
+    "tiles of N exchanged": with_output(lambda out: out.copy_(out.roll(128, 1))),
+    "the first tile only": with_output(lambda out: out[:, 128:].zero_()),
+    "three steps off in one column": steps(3),
+    "NaN in one element": with_output(lambda out: out[0, 5:6].fill_(math.nan)),
+    "a kernel that raises": raises,
+}
+
+
+def kernels(fault, backends):
+    """`fp8_utils._kernels` with a faulty product of the backends that are named."""
+
+    def product(*args, **options):
+        is_faulty = options["backend"] in backends
+        return (fault if is_faulty else multiply)(*args, **options)
+
+    return lambda _: (emulation.mxfp8_quantize, product)
+
+
+class TestSelfCheck(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        init_single_process_parallel_state()
+
+    def check(self, fault, flag="auto", n=N, k=K, backends="trtllm", gather=None):
+        """A layer after the check of its kernel; multiplies rightly, or the test fails."""
+        with fp8_gemm_backend(flag), mock.patch.object(
+            fp8_utils, "_kernels", kernels(fault, backends)
+        ):
+            layer = ReplicatedLinear(
+                *(k, n),
+                bias=False,
+                params_dtype=torch.bfloat16,
+                quant_config=mxfp8_config(),
+                prefix="m.proj",
+            )
+            _, weight, scale = random_mxfp8(n, k)
+            layer.weight.weight_loader(layer.weight, weight)
+            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
+            layer.quant_method.process_weights_after_loading(layer)
+            self_check._warn.cache_clear()
+            self_check.check_kernels([layer.mxfp8_weights], gather or (lambda x: [x]))
+            x = torch.randn(5, k).bfloat16()
+            expected = reference_linear(
+                x,
+                weight,
+                scale,
+                quantize_input=not layer.mxfp8_weights.backend.is_weight_only(),
+            )
+            torch.testing.assert_close(
+                layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
+            )
+        return layer.mxfp8_weights
+
+    def test_right_kernels_pass(self):
+        for k in K, 288:
+            with self.assertLogs("sglang", "INFO") as logs:
+                self.check(multiply, k=k)
+            self.assertRegex(logs.output[-1], "1 kernels are right; .* of its bound")
+
+    def test_each_fault_moves_the_layer_to_the_next_backend(self):
+        for name, fault in FAULTS.items():
+            with self.subTest(name), self.assertLogs("sglang", "WARNING") as logs:
+                weights = self.check(fault)
+                self.assertEqual(weights.backend, CUTLASS)
+                self.assertRegex(
+                    logs.output[0], r"trtllm \[256, 512\], M = \d+.* is wrong: .*report"
+                )
+
+    def test_a_fault_of_every_product_ends_in_weight_only(self):
+        weights = self.check(steps(3), backends="trtllm cutlass")
+        self.assertEqual(weights.backend, WEIGHT_ONLY)
+        self.assertRegex(weights.choice.reason, "cutlass .* is wrong")
+
+    def test_a_flag_that_names_a_wrong_backend_stops_the_server(self):
+        for name, fault in FAULTS.items():
+            with self.subTest(name), self.assertRaisesRegex(
+                RuntimeError,
+                r"flashinfer_trtllm \[256, 512\], M = .*(flashinfer .*).*backend auto",
+            ):
+                self.check(fault, "flashinfer_trtllm")
+        with envs.SGLANG_MXFP8_LINEAR_BACKEND.override("proj=flashinfer_trtllm"):
+            with self.assertRaisesRegex(RuntimeError, "another backend for"):
+                self.check(raises)
+
+    def test_8x4_alone_is_given_up(self):
+        for flag in "auto", "flashinfer_trtllm":
+            with self.assertLogs("sglang", "WARNING") as logs:
+                weights = self.check(
+                    lambda *args, use_8x4_sf_layout, **options: (
+                        reads_8x4_as_128x4 if use_8x4_sf_layout else multiply
+                    )(*args, use_8x4_sf_layout=use_8x4_sf_layout, **options),
+                    flag,
+                )
+            self.assertEqual((weights.backend, weights.choice.max_m_8x4), (TRTLLM, 0))
+            self.assertIn("8x4 scales is wrong", logs.output[0])
+
+    def test_padding_that_is_not_zero(self):
+        self.assertEqual(
+            self.check(reads_padded_columns, k=288, backends="cutlass").backend, CUTLASS
+        )
+        quantize = emulation.mxfp8_quantize
+
+        def quantize_with_padding(x, use_8x4_sf_layout=False):
+            values, scale = quantize(x, use_8x4_sf_layout)
+            padding = (
+                swizzle_scale(torch.ones(x.shape[0], x.shape[1] // 32).byte()) == 0
+            )
+            return values, scale.masked_fill(padding, 255)
+
+        with mock.patch.object(emulation, "mxfp8_quantize", quantize_with_padding):
+            weights = self.check(reads_padded_columns, k=288, backends="cutlass")
+        self.assertEqual(weights.backend, WEIGHT_ONLY)
+
+    def test_one_step_is_rounding(self):
+        for count in 1, -1:
+            self.assertEqual(self.check(steps(count)).backend, TRTLLM)
+
+    def test_what_another_rank_found_counts_here(self):
+        kernel, calls = [], []
+
+        def gather(wrong):
+            calls.append(wrong)
+            bad = self_check.Result(129, failure="RuntimeError('there')")
+            there = {kernel[0]: [bad]} if len(calls) == 1 else {}
+            return [wrong, there]
+
+        run = self_check.run_kernel
+
+        def note(checked, weights):
+            kernel.append(checked)
+            return run(checked, weights)
+
+        with mock.patch.object(self_check, "run_kernel", note):
+            weights = self.check(multiply, gather=gather)
+        self.assertEqual((weights.backend, len(calls)), (CUTLASS, 2))
+
+    def test_a_shape_is_checked_once_and_blank_bytes_are_replaced(self):
+        with mock.patch.object(
+            self_check, "random_weights", side_effect=self_check.random_weights
+        ) as made, mock.patch.object(
+            self_check, "run_kernel", side_effect=self_check.run_kernel
+        ) as run:
+            weights = self.check(multiply)
+            made.assert_not_called()
+            run.reset_mock()
+            self_check.check_kernels([weights, weights], lambda x: [x])
+            self.assertEqual(run.call_count, 1)
+            weights.layer.weight_scale_inv.data.zero_()
+            self_check.check_kernels([weights], lambda x: [x])
+            made.assert_called_once()
+
+    def test_a_kernel_that_breaks_the_context_ends_the_start(self):
+        broken = RuntimeError("CUDA error: an illegal memory access")
+        with mock.patch.object(self_check, "_wait", side_effect=broken):
+            with self.assertRaisesRegex(
+                RuntimeError, r"\[256, 512\], M = 1.*broke the CUDA context"
+            ):
+                self.check(multiply)
+
+    def test_a_models_shapes_without_its_weights(self):
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(folder, {}, intermediate_size=1024)
+            command = [sys.executable, "-W", "ignore", "-m", self_check.__name__]
+            command += ["--model", folder, "--tp", "2"]
+            result = subprocess.run(
+                command, text=True, capture_output=True, env=os.environ
+            )
+        self.assertEqual(result.returncode, 0, result.stderr[-2000:])
+        self.assertRegex(result.stdout, r"flashinfer_trtllm .*\n.*129 +128x4")
+
+
+if __name__ == "__main__":
+    unittest.main()
