@@ -1,11 +1,9 @@
 """What `patchset check` runs on a merged tree: upstream's lint rules, and every import."""
 
-import importlib.metadata
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +12,6 @@ from overlay.plan import Change
 from overlay.release import Tree
 
 STAND_INS = Path(__file__).parents[1] / "cpu_stand_ins"
-PYTHON = [sys.executable, "-W", "ignore", "-c"]
 IMPORT = """
 import importlib, json, sys
 report, stand_ins, *names = sys.argv[1:]
@@ -45,19 +42,18 @@ def lint(changes: list[Change]) -> list[str]:
     return found
 
 
-def imports(package: dict[str, bytes], tree: Tree) -> tuple[list[str], str]:
+def imports(package: dict[str, bytes], tree: Tree, root: Path) -> tuple[list[str], str]:
     """Which of the merged modules cannot be imported, and what was done, or why it was
     not. A module that needs a package which is not here is only counted."""
     names = [path[7:-3].replace("/", ".") for path in package if path.endswith(".py")]
-    if installed_release() != tree.version:
-        here = installed_release() or "./scripts/setup.sh installs them"
-        return [], f"not imported: .venv has no packages for {tree.label} ({here})"
+    if not (python := interpreter(root, tree.version)):
+        return [], f"not imported: no .venv has the packages of {tree.label}"
     with TemporaryDirectory() as folder:
         tree.copy_package(Path(folder), package)
         environment = {"PYTHONPATH": f"{folder}/python", "SGLANG_USE_CPU_ENGINE": "1"}
         report = Path(folder, "failed.json")
         report.write_text('{"the import": "ends its process"}')
-        command = [*PYTHON, IMPORT, report, STAND_INS, *names]
+        command = [python, "-W", "ignore", "-c", IMPORT, report, STAND_INS, *names]
         subprocess.run(command, env=os.environ | environment, capture_output=True)
         failed = json.loads(report.read_text())
     outside = re.compile("ModuleNotFoundError: No module named '(?!sglang)")
@@ -65,7 +61,8 @@ def imports(package: dict[str, bytes], tree: Tree) -> tuple[list[str], str]:
     return told, f"imported: {len(names) - len(failed)} of {len(names)} modules"
 
 
-def installed_release() -> str:
-    """The release of sglang whose packages are installed, or "" if there is none."""
-    found = importlib.metadata.distributions(name="sglang")
-    return next((each.version.split("+")[0] for each in found), "")
+def interpreter(root: Path, version: str) -> Path | None:
+    """Python of the environment that has this release: .venv, or .venv-VERSION."""
+    folders = root / ".venv", root / f".venv-{version}"
+    info = f"lib/python*/site-packages/sglang-{version}[.+]*dist-info"
+    return next((f / "bin/python" for f in folders if any(f.glob(info))), None)

@@ -6,24 +6,24 @@ import subprocess
 import textwrap
 from datetime import datetime
 from email.utils import format_datetime, formataddr
-from pathlib import Path
 
 from overlay import ledger
 from overlay.plan import Change
+from overlay.stack import Part
 
 WRAP = textwrap.TextWrapper(72, subsequent_indent="  ", break_long_words=False)
 WRAP.break_on_hyphens = False
 
 
-def patch(changes: list[Change], root: Path, config: dict) -> bytes:
-    """The same changes give the same bytes, save for the author, who is git's configured
-    user if there is one."""
-    commit = config["commit"]
+def patch(changes: list[Change], part: Part) -> bytes:
+    """One commit. The same changes give the same bytes, save for the author, who is git's
+    configured user if there is one."""
+    commit = part.commit
     git = lambda key: subprocess.run(["git", "config", key], capture_output=True).stdout
     name = git("user.name").decode().strip() or commit["name"]
     email = git("user.email").decode().strip() or commit["email"]
     date = format_datetime(datetime.fromisoformat(commit["date"]))
-    subject, _, body = message(changes, root, config).partition("\n\n")
+    subject, _, body = message(changes, part).partition("\n\n")
     head = (
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001\n"
         f"From: {formataddr((name, email))}\nDate: {date}\nSubject: {subject}\n"
@@ -46,13 +46,22 @@ def _hunks(change: Change) -> str:
     return "".join(lines)
 
 
-def message(changes: list[Change], root: Path, config: dict) -> str:
+def size(changes: list[Change]) -> str:
+    """How many lines of upstream's files go or come, and how many new files have."""
+    counts = {False: 0, True: 0}
+    for change in changes:
+        lines = _hunks(change).splitlines()[4:]
+        counts[change.old is None] += sum(line[:1] in ("+", "-") for line in lines)
+    return f"{counts[False]} lines of upstream's files change, {counts[True]} are new"
+
+
+def message(changes: list[Change], part: Part) -> str:
     """Subject and PR body: the reasons in the ledgers, file by file."""
-    parts = [config["commit"]["subject"], config["commit"]["body"].strip()]
+    texts = [part.commit["subject"], part.commit["body"].strip()]
     for change in sorted(changes, key=lambda c: (c.old is None, c.path)):
-        overlay = root / change.path
-        text = overlay.read_text() if overlay.suffix == ".py" else ""
-        whys = [edit["why"] for edit in config["edit"] if edit["file"] == change.path]
+        file = part.files.get(change.path)
+        text = file.read_text() if file else ""
+        whys = [edit["why"] for edit in part.edits if edit["file"] == change.path]
         for names, entry in ledger.parse(text).items():
             thread = f" ({entry['thread']})" if "thread" in entry else ""
             whys.append(f"{names}: {entry['why']}{thread}")
@@ -61,5 +70,5 @@ def message(changes: list[Change], root: Path, config: dict) -> str:
             lines += WRAP.wrap("  " + ledger.docstring(text).partition("\n\n")[0])
         for why in dict.fromkeys(whys):
             lines += WRAP.wrap(f"- {why}")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts) + "\n"

@@ -50,9 +50,9 @@ def decorate(text: Source, old, overlay: Source, edit) -> str:
 
 
 def splice(text: Source, old, overlay: Source, edit) -> str:
-    """Each statement of the edit takes the place of the one with the same head, which is
-    inside the block `within`. Of an `if` or `elif` that branch is replaced; the rest of the chain stays, unless
-    the edit has `elif` or `else` of its own."""
+    """Each statement takes the place of the one with its head, inside the block `within`. Of
+    an `if` or `elif` the branch is replaced; the chain stays, unless the edit has its own.
+    """
     for new in without_docstring(edit.body):
         was = find(old, head(new), _within(edit))
         first, last = text.span(was)

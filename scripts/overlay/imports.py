@@ -1,8 +1,7 @@
 """Merges an overlay's module-level imports into upstream's, and tidies the result.
 
-An import is its line, of one name: `from a import b as c`. They are
-added behind those that open the file; ruff, isort and black do the rest, as upstream's
-hooks would. `from __future__` would change what upstream's annotations are: it stays out.
+Each, of one name (`from a import b as c`), goes behind those that open the file; the tools
+of upstream's hooks do the rest. `from __future__` would change upstream's annotations.
 """
 
 import ast
@@ -14,7 +13,7 @@ import black
 import isort
 from overlay.source import Source, Unplaced, is_docstring, leaves
 
-_RUFF = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=F401,F821"]
+_CHECK = "check --select=F401,F821 --fix --output-format=concise"
 _ISORT = isort.Config(profile="black", known_first_party=frozenset({"sglang"}))
 _PLAIN = (ast.Import, ast.ImportFrom)
 _IGNORED = re.compile(r"from (__future__|overlay\.marks) ")
@@ -55,10 +54,12 @@ def merge(text: Source, overlay: Source) -> str:
 
 def tidy(upstream: str, merged: str) -> str:
     """The merged text in upstream's lint format, as far as upstream's text is."""
+    blacken = lambda text: black.format_str(text, mode=black.Mode())
+    is_black = blacken(upstream) == upstream
     for formatted in (
-        lambda text: _ruff(text).stdout,  # removes unused imports
+        lambda text: _ruff(_CHECK, text).stdout,  # removes unused imports
         lambda text: isort.code(text, config=_ISORT),
-        lambda text: black.format_str(text, mode=black.Mode()),
+        blacken if is_black else lambda text: _ruff("format", text).stdout,
     ):
         tidied = formatted(merged)
         if tidied != merged and formatted(upstream) == upstream:
@@ -68,9 +69,9 @@ def tidy(upstream: str, merged: str) -> str:
 
 def undefined(text: str) -> set[str]:
     """The names that a module reads and nothing defines."""
-    return set(re.findall(r"F821.* Undefined name `(\w+)`", _ruff(text).stderr))
+    return set(re.findall(r"F821.* Undefined name `(\w+)`", _ruff(_CHECK, text).stderr))
 
 
-def _ruff(text: str) -> subprocess.CompletedProcess:
-    run = [*_RUFF, "--fix", "--quiet", "--output-format=concise", "-"]
+def _ruff(command: str, text: str) -> subprocess.CompletedProcess:
+    run = [sys.executable, "-m", "ruff", *command.split(), "--isolated", "--quiet", "-"]
     return subprocess.run(run, input=text, capture_output=True, text=True)

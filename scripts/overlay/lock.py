@@ -7,7 +7,6 @@ written for. By release and file; hashes are of the text without the comments ab
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,14 +39,11 @@ def write(root: Path, release: str, edited: Edited) -> None:
     (root / NAME).write_text("\n".join(lines) + "\n")
 
 
-def drift(
-    edited: Edited, recorded: Edited, release: str, base: Callable[[], Edited]
-) -> list[str]:
-    """An error for each definition that is not the recorded one, with what changed since
-    `release`, whose definitions `base` fetches."""
+def drift(edited: Edited, recorded: Edited, release: str, base) -> list[str]:
+    """An error for each definition that is not the recorded one of `release` (`base`)."""
     now, errors, old = hashes(edited), [], {}
-    was = lambda path, symbol: recorded.get(path, {}).get(symbol)
-    found = [(p, s) for p in now for s in now[p] if was(p, s) != now[p][s]]
+    was = {path: recorded.get(path, {}) for path in now}
+    found = [(p, s) for p in now for s in now[p] if was[p].get(s) != now[p][s]]
     with suppress(ReleaseError):  # if it cannot be fetched, the names have to do
         old = base() if found else {}
     for path, symbol in found:
@@ -55,7 +51,7 @@ def drift(
         lines = (text.splitlines(keepends=True) for text in texts)
         diff = "".join(difflib.unified_diff(*lines, release, "this tree"))
         told = f"is not the one of {release} that the edit was written for\n{diff}"
-        if not was(path, symbol):
-            told = f"is new here: nothing is recorded of it in {release}"
+        if symbol not in was[path]:
+            told = f"is new here: {NAME} has it not for {release}: patchset lock"
         errors.append(f"{path}: `{symbol}` {told}".rstrip())
     return errors

@@ -1,6 +1,5 @@
-"""The overlay's decorators, for editors and linters: the tool reads them from the source,
-and nothing here ever runs in a merged tree. edits.py says what each does; `within` names
-the heads (source.py) of blocks around a statement whose own head is ambiguous.
+"""The overlay's decorators, for editors and linters; the tool reads them from the source.
+edits.py says what each does; `within` is the head (source.py) of a block around a statement.
 """
 
 

@@ -6,8 +6,8 @@ same text:
 - A definition (def, class, `NAME = ...`, `NAME: T = ...`) that upstream has, also inside
   an `if` or `try`, is replaced where it stands; of a class that both have each member.
 - One that upstream lacks goes behind the definition before it in the overlay, or above
-  the next one that upstream has, or to the end; at module level always above what runs it
-  on import. An assignment in a class goes behind those that it has.
+  the next one that upstream has, or to the end. An assignment in a class goes behind
+  those that it has.
 - The decorators of marks.py edit a function that upstream has (edits.py); imports are
   merged (imports.py), and names that stay undefined are errors.
 """
@@ -30,9 +30,8 @@ _NOTHING = re.compile(r"(\.\.\.|pass)$|register_\w+_ci\(")
 @dataclass
 class Merge:
     """`text` is upstream's source with the overlay in it. It stands only without `errors`,
-    and without `absent` (what there was not to drop) unless no file of the overlay changes
-    anything: then the tree holds it already. `edited` holds upstream's text of every
-    definition that an edit changes."""
+    and without `absent` (what there was not to drop) unless the tree holds it all already.
+    `edited` holds upstream's text of every definition that an edit changes."""
 
     text: str
     errors: list[str] = field(default_factory=list)
@@ -47,7 +46,6 @@ def merge(upstream: str, overlay: str, release: str) -> Merge:
         entries = ledger.symbols(overlay)
         merging = _Merging(Source(upstream), Source(overlay), release, result)
         merging.merge("", source.without_docstring(merging.overlay.body))
-        merging.lift()
         merged = imports.merge(merging.text, merging.overlay)
     except Unplaced as error:
         result.errors.append(f"{release}: {error}")
@@ -73,7 +71,6 @@ class _Merging:
         self.release, self.result = release, result
         self.touched: set[str] = set()  # upstream's symbols that change
         self.seen: set[str] = set()  # all symbols of the overlay
-        self.added: list[str] = []  # new names at module level
 
     def merge(self, scope: str, overlay: list[ast.stmt]) -> None:
         overlay = [s for s in overlay if not _NOTHING.match(ast.unparse(s))]
@@ -88,19 +85,6 @@ class _Merging:
                 is_gone = mark == "drop" and isinstance(error, Absent)
                 problems = self.result.absent if is_gone else self.result.errors
                 problems.append(f"{self.release}: `{symbol}` {error}")
-
-    def lift(self) -> None:
-        """Moves each new name of the module above the first statement that reads it while
-        the module is imported."""
-        for name in reversed(self.added):
-            body = self.text.body
-            mine = next(s for s in body if name in map(_name, leaves(s)))
-            user = next(s for s in body if s is mine or name in _runs(s))
-            if user is not mine:
-                lines, place = self.text.taken(mine, 0), self.text.above(user)
-                first, last = self.text.above(mine), self.text.span(mine)[1]
-                rest = Source(self.text.put(first, last, ""))
-                self.text = Source(rest.put(place, place, f"{lines}\n\n"))
 
     def _body(self, symbol: str, text: Source | None = None) -> list[ast.stmt]:
         """The statements of the scope that a symbol is in."""
@@ -127,13 +111,7 @@ class _Merging:
         if not found:
             self._add(statement, symbol, before, after)
         elif not mark and {type(statement), type(found[0])} == {ast.ClassDef}:
-            theirs, ours = found[0], statement
-            if ours.bases and source.dumps(ours.bases) != source.dumps(theirs.bases):
-                bases = ", ".join(map(ast.unparse, theirs.bases))
-                raise Unplaced(f"has other bases than in the overlay: {bases}")
-            same = source.dumps(theirs.body[:1]) == source.dumps(ours.body[:1])
-            members = source.without_docstring(ours.body) if same else ours.body
-            self.merge(f"{symbol}.", members)
+            self.merge(f"{symbol}.", source.without_docstring(statement.body))
         else:
             self._edit(found[0], statement, symbol, mark)
 
@@ -155,8 +133,6 @@ class _Merging:
         body, simple = self._body(symbol), not hasattr(statement, "body")
         opening = [each for each in body if not hasattr(each, "body")]
         blank = "" if simple else "\n" if "." in symbol else "\n\n"
-        if "." not in symbol:
-            self.added.append(symbol)
         place = self._place(body, before, after)
         if "." in symbol and simple:
             place = self.text.span((opening or body)[-1])[1]
@@ -173,15 +149,6 @@ class _Merging:
         if above and not behind:
             return self.text.above(above[0])
         return self.text.span((behind or body[::-1])[0])[1] if body else 0
-
-
-def _runs(node: ast.AST) -> set[str]:
-    """The names that a statement reads when it runs: not those in a function's body."""
-    functions = [n for n in ast.walk(node) if isinstance(n, (*_FUNCTIONS, ast.Lambda))]
-    bodies = [f.body if isinstance(f.body, list) else [f.body] for f in functions]
-    later = {name for body in bodies for part in body for name in ast.walk(part)}
-    names = {each for each in ast.walk(node) if isinstance(each, ast.Name)}
-    return {name.id for name in names - later}
 
 
 def _name(node: ast.stmt) -> str | None:

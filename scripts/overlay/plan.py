@@ -1,8 +1,8 @@
 """What the overlay as a whole does to a tree; nothing here writes.
 
-An overlay file with a ledger edits upstream's file; one without is new. A wheel holds the
-package only: edits of upstream's tests and pages are left out. Tests that reach into this
-repository, or need a package that upstream lacks, stay here.
+Its parts (stack.py) are applied one on another. A file with a ledger edits upstream's, one
+without is new. Of a wheel, edits of upstream's tests and pages are left out. Tests that
+reach into this repository, or need a package that upstream lacks, stay here.
 """
 
 import re
@@ -12,8 +12,8 @@ from pathlib import Path
 from overlay import ledger
 from overlay.merge import merge
 from overlay.release import PACKAGE, ReleaseError, Tree, substitute
+from overlay.stack import Part
 
-OVERLAY = (PACKAGE, "test/registered/", "benchmark/kernels/")
 STAYS = re.compile(r"^\s*(from|import) hypothesis\b|\bparents\[", re.MULTILINE)
 
 
@@ -28,12 +28,14 @@ class Change:
 
 @dataclass
 class Plan:
-    """`skipped` has paths with the reason; `edited` upstream's text of every definition
-    that an edit changes, by path and symbol. A tree that holds the whole overlay has
-    neither changes nor errors."""
+    """`steps` has the changes of each part, `changes` those of all together; `absent` what
+    there was not to drop, an error unless the tree holds the overlay already; `skipped` paths
+    with the reason; `edited` upstream's text of what an edit changes, by path and symbol."""
 
     changes: list[Change] = field(default_factory=list)
+    steps: list[tuple[Part, list[Change]]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     edited: dict[str, dict[str, str]] = field(default_factory=dict)
 
@@ -46,37 +48,45 @@ class Skipped(Exception):
     """A file that this tree leaves out, and why."""
 
 
-def make_plan(root: Path, tree: Tree, config: dict) -> Plan:
-    """Merges every overlay file under `root` into the tree, and collects all problems."""
-    plan, absent = Plan(), []
-    files = [file for folder in OVERLAY for file in (root / folder).rglob("*.py")]
-    steps = [(path.relative_to(root).as_posix(), None) for path in sorted(files)]
-    steps += [(edit["file"], edit) for edit in config["edit"] if not tree.wheel]
-    old, new = {path: tree.read(path) for path, _ in steps}, {}
+def make_plan(parts: list[Part], tree: Tree) -> Plan:
+    """Merges every file of the parts into the tree, and collects all problems."""
+    plan, files = Plan(), {}
+    for part in parts:
+        changes = _step(part, tree, files, plan)
+        files |= {change.path: change.new for change in changes}
+        plan.steps.append((part, changes))
+    was = {path: tree.read(path) for path in files}
+    plan.changes = [Change(p, was[p], files[p]) for p in files if files[p] != was[p]]
+    plan.errors += plan.absent if plan.changes or plan.errors else []
+    return plan
+
+
+def _step(part: Part, tree: Tree, files: dict[str, bytes], plan: Plan) -> list[Change]:
+    """The changes of one part, where the parts before it have left `files`."""
+    steps = [(path, None) for path in part.files]
+    steps += [(edit["file"], edit) for edit in part.edits if not tree.wheel]
+    old = {path: files.get(path, tree.read(path)) for path, _ in steps}
+    new = {}
     for path, edit in steps:
         try:
             if edit:
                 new[path] = _edited(edit, new.get(path, old[path]), tree.label)
             else:
-                new[path], missing = _merged(root, path, old[path], tree, plan)
-                absent += [f"{path}: {line}" for line in missing]
+                new[path] = _merged(part.files[path], path, old[path], tree, plan)
         except Skipped as reason:
             plan.skipped[path] = str(reason)
         except (ReleaseError, SyntaxError) as error:
             plan.errors += [f"{path}: {line}" for line in str(error).splitlines()]
-    plan.changes = [Change(p, old[p], new[p]) for p in new if new[p] != old[p]]
-    plan.errors += absent if plan.changes or plan.errors else []
-    return plan
+    return [Change(p, old[p], new[p]) for p in new if new[p] != old[p]]
 
 
-def _merged(root: Path, path: str, old: bytes | None, tree: Tree, plan: Plan):
-    """The merged file, and what there was not to drop."""
-    content = (root / path).read_bytes()
+def _merged(file: Path, path: str, old: bytes | None, tree: Tree, plan: Plan) -> bytes:
+    content = file.read_bytes()
     is_edit = bool(ledger.parse(content.decode()))
     if path.startswith("test/") and STAYS.search(content.decode()):
         raise Skipped("it needs this repository, or hypothesis")
     if old == content or (old is None and not is_edit):
-        return content, []
+        return content
     if old is None and tree.wheel and not path.startswith(PACKAGE):
         raise Skipped("it edits a file that wheels lack")
     if old is None:
@@ -84,10 +94,11 @@ def _merged(root: Path, path: str, old: bytes | None, tree: Tree, plan: Plan):
     if not is_edit:
         raise ReleaseError(f"{tree.label} has this file, and ours has no ledger")
     result = merge(old.decode(), content.decode(), tree.label)
-    plan.edited[path] = result.edited
+    plan.edited[path] = result.edited | plan.edited.get(path, {})  # upstream's own
+    plan.absent += [f"{path}: {line}" for line in result.absent]
     if result.errors:
-        raise ReleaseError("\n".join(result.errors + result.absent))
-    return result.text.encode(), result.absent
+        raise ReleaseError("\n".join(result.errors))
+    return result.text.encode()
 
 
 def _edited(edit: dict, old: bytes | None, release: str) -> bytes:

@@ -20,8 +20,7 @@ class ReleaseError(Exception):
 
 @dataclass
 class Tree:
-    """A folder like the root of sglang's repository. Of a wheel it has the package only:
-    no tests and no documentation."""
+    """A folder like the root of sglang's repository; of a wheel, with the package only."""
 
     path: Path
     label: str
@@ -44,17 +43,8 @@ class Tree:
 def checkout(path: Path) -> Tree:
     """A working tree of sglang's repository. Raises ReleaseError for another folder."""
     parts = (PACKAGE, "python/pyproject.toml", "test")
-    missing = [part for part in parts if not (path / part).exists()]
-    kind = f"is not a checkout of sglang: it has no {PACKAGE}"
-    if PACKAGE not in missing:
-        kind = f"is a part of sglang's source: it has no {' and no '.join(missing)}"
-    elif any((package / "srt").is_dir() for package in (path, path / "sglang")):
-        kind = "is sglang's package alone, as a wheel installs it"
-    if missing:
-        raise ReleaseError(
-            f"{path} {kind}. Clone https://github.com/sgl-project/sglang, or build a "
-            "wheel: scripts/patchset wheel"
-        )
+    if missing := [part for part in parts if not (path / part).exists()]:
+        raise ReleaseError(f"{path} is no checkout of sglang: no {', '.join(missing)}")
     describe = ["git", "-C", str(path), "describe", "--tags", "--always"]
     told = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     found = re.match(r"v(\d[\w.]*)", told)
@@ -62,9 +52,9 @@ def checkout(path: Path) -> Tree:
 
 
 def fetch(version: str, config: dict, cache: Path) -> Tree:
-    """A release, from the cache or the package index; a wheel in the cache that is
-    damaged, or not the pinned release's by its sha256, is fetched again."""
-    for wheel in cache.glob(f"sglang-{version}-*.whl"):
+    """A release: from the cache, if the wheel there has the pinned sha256, or the index."""
+    tags = "py3", f"cp3{sys.version_info.minor}"
+    for wheel in (w for t in tags for w in cache.glob(f"sglang-{version}-{t}-*.whl")):
         if not (problem := _problem(wheel, version, config)):
             return _unpacked(wheel, version)
         print(f"{problem}: fetching it again", file=sys.stderr)
@@ -87,7 +77,7 @@ def download(version: str, folder: Path) -> Path | None:
 def _problem(wheel: Path, version: str, config: dict) -> str:
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     pinned = config["release"]
-    if version == pinned["version"] and digest != pinned["sha256"]:
+    if version == pinned["version"] and digest not in pinned["sha256"]:
         return f"{wheel}: sha256 is {digest}, not upstream.toml's"
     return "" if zipfile.is_zipfile(wheel) else f"{wheel} is damaged"
 
@@ -115,12 +105,10 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
         )
         info = top / f"sglang-{tree.version}.dist-info"
         info = info.rename(top / f"sglang-{version}.dist-info")
-        metadata = (info / "METADATA").read_text()
+        text = (info / "METADATA").read_text()
         for start, pin in lines.items():
-            metadata = substitute(
-                rf"(?m)^{start}\S+$", start + pin, metadata, "METADATA"
-            )
-        (info / "METADATA").write_text(metadata)
+            text = substitute(rf"(?m)^{start}\S+$", start + pin, text, "METADATA")
+        (info / "METADATA").write_text(text)
         pack = [sys.executable, "-m", "wheel", "pack", str(top), "-d", str(folder)]
         fixed_date = os.environ | {"SOURCE_DATE_EPOCH": "315532800"}
         subprocess.run(pack, check=True, env=fixed_date, stdout=2)
@@ -131,7 +119,5 @@ def substitute(pattern: str, replacement: str, text: str, where: str) -> str:
     """`text` with the pattern's one match replaced; ReleaseError if there is not one."""
     found = len(re.findall(pattern, text))
     if found != 1:
-        raise ReleaseError(
-            f"{where} has {found or 'no'} match for `{pattern}`, not one"
-        )
+        raise ReleaseError(f"{where} has {found or 'no'} match for `{pattern}`")
     return re.sub(pattern, replacement, text)

@@ -36,12 +36,7 @@ class Source:
     def span(self, node: ast.stmt) -> tuple[int, int]:
         """The lines of a statement, with its decorators."""
         tops = [node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]
-        first, last = min(tops) - 1, node.end_lineno
-        rest = self.lines[node.end_lineno - 1].encode()[node.end_col_offset :]
-        before = self.lines[first].encode()[: node.col_offset]
-        if before.strip() or rest.lstrip()[:1] == b";":
-            raise Unplaced(f"shares the line of `{head(node)}` with other code")
-        return first, last
+        return min(tops) - 1, node.end_lineno
 
     def above(self, node: ast.stmt) -> int:
         """The first of the comment lines right above a statement, or its first line."""
@@ -90,10 +85,8 @@ def find(function: ast.stmt, wanted: str, within: str) -> ast.stmt:
     """The one statement below `function` with this head, inside a block with the head
     `within`, if that is not empty."""
     nodes = [n for n in ast.walk(function) if isinstance(n, ast.stmt) and n != function]
-    lines = {line for block in _blocks(function, within) for line in block}
-    found = [
-        n for n in nodes if head(n) == wanted and (not within or n.lineno in lines)
-    ]
+    at = {line for block in _blocks(function, within) for line in block}
+    found = [n for n in nodes if head(n) == wanted and (not within or n.lineno in at)]
     where = f" within `{within}`" if within else ""
     if not found:
         raise Absent(f"has no `{wanted}`{where}")

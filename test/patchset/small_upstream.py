@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOML = """
 [release]
 version = "1.0"
-sha256 = "{sha256}"
+sha256 = ["{sha256}"]
 patch = 3
 
 [requires]

@@ -1,12 +1,14 @@
 """The commands, on a small upstream: what they write and say, and what they refuse."""
 
+import hashlib
 import shutil
+import sys
 import zipfile
 
 import pytest
-from overlay import check, release
+from overlay import check, lock, release
 from overlay.cli import main
-from small_upstream import OVERLAY, UPSTREAM, commit, git, snapshot, write
+from small_upstream import OVERLAY, TOML, UPSTREAM, commit, git, snapshot, write
 
 CORE = "python/sglang/core.py"
 WHEEL = ".cache/sglang-1.0-py3-none-any.whl"
@@ -144,21 +146,76 @@ def test_what_upstream_says_itself_stays(row, project, checkout, capsys):
     assert (checkout / "docs/options.md").read_text() == page["docs/options.md"]
 
 
-@pytest.mark.parametrize(
-    "gone, inside, kind",
-    [
-        ("python/sglang", "", "is not a checkout of sglang: it has no python/sglang/"),
-        ("test", "", "is a part of sglang's source: it has no test"),
-        ("test", "python", "is sglang's package alone"),
-        ("test", "nowhere", "is not a checkout of sglang"),
-    ],
-)
-def test_what_kind_of_tree_it_is(gone, inside, kind, project, checkout, capsys):
-    (checkout / "python/sglang/srt").mkdir()
+@pytest.mark.parametrize("gone", ["python/sglang", "test", "python/pyproject.toml"])
+def test_what_is_no_checkout(gone, project, checkout, capsys):
     target = checkout / gone
     shutil.rmtree(target) if target.is_dir() else target.unlink()
-    said = refused(capsys, project, "apply", checkout / inside)
-    assert kind in said and "Clone https://github.com/sgl-project/sglang" in said
+    said = refused(capsys, project, "apply", checkout)
+    assert f"{checkout} is no checkout of sglang: no {gone}" in said
+
+
+# A stack for another release
+
+
+STACK = {
+    "releases/1.0/upstream.toml": TOML.partition("[[edit]]")[0].replace("= 3", "= 4"),
+    "releases/1.0/1-more/pr.toml": 'subject = "Add one"\nbody = "Why."\n',
+    f"releases/1.0/1-more/{CORE}": OVERLAY[CORE],
+    "releases/1.0/2-trick/pr.toml": 'subject = "Use the trick"\nbody = "So."\n'
+    'new = ["python/sglang/trick.py"]\n',
+    f"releases/1.0/2-trick/{CORE}": '"""\nrun\n    why: it is a trick\n"""\n\n'
+    "from overlay.marks import splice\n\nfrom sglang.trick import VALUE\n\n\n"
+    "@splice\ndef run(x):\n    x = x + VALUE\n",
+}
+
+
+@pytest.fixture
+def stacked(project):
+    sha256 = hashlib.sha256((project / WHEEL).read_bytes()).hexdigest()
+    write(project, {path: t.replace("{sha256}", sha256) for path, t in STACK.items()})
+    (project / lock.NAME).unlink()
+    assert main(["lock", "--release", "1.0"], project) == 0
+    return project
+
+
+def test_a_stack_is_one_commit_a_folder(stacked, checkout, tmp_path, capsys):
+    assert f'["1.0"."{CORE}"]' in (stacked / lock.NAME).read_text()
+    commit(checkout)
+    git(checkout, "tag", "v1.0")
+    patch, options = tmp_path / "out.patch", ["--tree", str(checkout)]
+    assert main(["diff", *options, "--output", str(patch)], stacked) == 0
+    said = told(capsys)
+    assert "1-more: 3 lines of upstream's files change, 0 are new" in said
+    assert "2-trick: 4 lines of upstream's files change, 3 are new" in said
+    assert main(["diff", *options, "--pr", "2-trick"], stacked) == 0
+    assert patch.read_text().endswith(one := capsys.readouterr().out)
+    assert one.count("\nSubject: ") == 1 and "Subject: Use the trick\n" in one
+    git(checkout, "am", str(patch))
+    assert git(checkout, "log", "--format=%s").split(b"\n")[:2] == [
+        b"Use the trick",
+        b"Add one",
+    ]
+    core = "from sglang.trick import VALUE\n\nCHOICES = {}\n\n\ndef run(x):\n{}".format
+    assert (checkout / CORE).read_text() == core(
+        '["a", "b"]', "    x = x + VALUE\n    return x\n"
+    )
+    assert (checkout / "python/sglang/other.py").read_text() == UPSTREAM[
+        "sglang/other.py"
+    ]
+    main(["apply", str(checkout)], stacked)
+    assert not git(checkout, "status", "--porcelain")
+
+
+def test_a_part_of_a_stack(stacked, tmp_path, capsys):
+    for upto in (["--upto", "1"], []):
+        arguments = ["wheel", "--release", "1.0", "--output", str(tmp_path), *upto]
+        assert main(arguments, stacked) == 0
+        with zipfile.ZipFile(tmp_path / "sglang-1.0+mxfp8.4-py3-none-any.whl") as file:
+            assert ("sglang/trick.py" in file.namelist()) == (not upto)
+    said = refused(capsys, stacked, "check", "--release", "1.0", "--upto", "3")
+    assert "has 2 pull requests, not 3" in said
+    said = refused(capsys, stacked, "lock", "--release", "1.0", "--upto", "1")
+    assert "only all edits of a release are recorded" in said
 
 
 # The wheel in the cache
@@ -211,26 +268,26 @@ def test_drift_is_refused_by_name_with_its_diff(project, checkout, capsys):
     )
     write(project, {CORE: overlay})
     said = refused(capsys, project, "apply", checkout)
-    assert f"{CORE}: `new` is new here: nothing is recorded of it in 1.0" in said
+    assert f"{CORE}: `new` is new here: {lock.NAME} has it not for 1.0" in said
 
 
 @pytest.mark.parametrize("how", ["older", "missing", "other release"])
 def test_a_lock_that_is_out_of_date(how, project, monkeypatch, capsys):
-    lock = project / "upstream.lock.toml"
-    text = lock.read_text()
+    file = project / lock.NAME
+    text = file.read_text()
     if how == "older":
-        lock.write_text(text.replace("CHOICES", "CHOICE"))
+        file.write_text(text.replace("CHOICES", "CHOICE"))
     else:
         other = text.replace("1.0", "0.9").replace(' = "', ' = "0')
-        lock.write_text(other if how == "other release" else "")
+        file.write_text(other if how == "other release" else "")
     monkeypatch.setattr(release, "download", lambda version, folder: None)
     commands = ["check"] if how == "older" else ["check", "wheel", "diff"]
     for command in commands:
         said = refused(capsys, project, command)
-        assert "run scripts/patchset lock" in said or "`run` is" in said
+        assert "` is new here: " in said or "`run` is not the one of" in said
     if how != "other release":
         assert main(["lock"], project) == 0
-        assert lock.read_text() == text
+        assert file.read_text() == text
 
 
 # The check
@@ -242,10 +299,9 @@ def test_check_writes_nothing_and_imports_what_it_can(
     commit(checkout)
     git(checkout, "tag", "v1.0")
     before = snapshot(checkout)
-    assert "not imported: .venv has no packages" in refused(
-        capsys, project, "check", checkout, code=0
-    )
-    monkeypatch.setattr(check, "installed_release", lambda: "1.0")
+    said = refused(capsys, project, "check", checkout, code=0)
+    assert "not imported: no .venv has the packages of upstream v1.0" in said
+    monkeypatch.setattr(check, "interpreter", lambda root, version: sys.executable)
     for tree in ([], [checkout]):
         said = refused(capsys, project, "check", *tree, code=0)
         assert "imported: 3 of 3 modules" in said
@@ -266,7 +322,7 @@ def test_check_writes_nothing_and_imports_what_it_can(
     ],
 )
 def test_check_finds(code, error, project, monkeypatch, capsys):
-    monkeypatch.setattr(check, "installed_release", lambda: "1.0")
+    monkeypatch.setattr(check, "interpreter", lambda root, version: sys.executable)
     write(project, {"python/sglang/trick.py": f'"""The trick."""\n\n{code}'})
     said = refused(capsys, project, "check", code=bool(error))
     assert error in said if error else "imported: 2 of 3 modules" in said

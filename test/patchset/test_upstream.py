@@ -1,4 +1,4 @@
-"""The overlay itself on the real releases: wheel, patch, lock, lint, newer releases."""
+"""The overlay itself on the real releases: wheel, patch, lock, lint, stacks, newer releases."""
 
 import hashlib
 import re
@@ -11,7 +11,7 @@ from io import StringIO
 from zipfile import ZipFile
 
 import pytest
-from overlay import check, diff, lock, release
+from overlay import check, diff, lock, release, stack
 from overlay.cli import main
 from overlay.plan import make_plan
 from small_upstream import ROOT, commit, git, snapshot, write
@@ -49,7 +49,7 @@ def tree():
 
 @pytest.fixture(scope="module")
 def plan(tree):
-    plan = make_plan(ROOT, tree, CONFIG)
+    plan = make_plan(stack.read(ROOT, None, None)[1], tree)
     assert not plan.errors
     return plan
 
@@ -73,7 +73,8 @@ def checkout(upstream, tmp_path):
 def test_patch_restores_and_gives_the_merged_bytes(plan, checkout, tmp_path):
     before = snapshot(checkout)
     patch = tmp_path / "release.patch"
-    patch.write_bytes(diff.patch(plan.changes, ROOT, CONFIG))
+    [(part, changes)] = plan.steps
+    patch.write_bytes(diff.patch(changes, part))
     git(checkout, "apply", "--check", str(patch))
     git(checkout, "am", str(patch))
     assert snapshot(checkout) == before | {c.path: c.new for c in plan.changes}
@@ -175,3 +176,18 @@ def test_newer_releases_are_refused_by_name(version, symbols, capsys):
     for symbol in symbols:
         assert re.search(rf"fp8\w*\.py: `{symbol}` is (not the one of|new here)", told)
     assert "\n+++ this tree\n" in told and "nothing is written" in told
+
+
+@pytest.mark.parametrize("version", [p.name for p in (ROOT / "releases").iterdir()])
+def test_each_pull_request_of_a_stack_applies_on_the_one_before(version, tmp_path):
+    config, parts = stack.read(ROOT, version, None)
+    plan = make_plan(parts, release.fetch(version, config, ROOT / ".cache"))
+    assert not plan.errors and lock.read(ROOT)[version] == lock.hashes(plan.edited)
+    write(tmp_path, {c.path: c.old.decode() for c in plan.changes if c.old})
+    commit(tmp_path)
+    for part, changes in plan.steps:
+        assert not check.lint(changes)
+        git(tmp_path, "am", stdin=diff.patch(changes, part))
+        assert not git(tmp_path, "status", "--porcelain")
+    files = snapshot(tmp_path)
+    assert files == files | {change.path: change.new for change in plan.changes}
