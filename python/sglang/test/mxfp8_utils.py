@@ -1,6 +1,7 @@
 """What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -8,8 +9,9 @@ import socket
 import sys
 import tempfile
 import time
+from random import Random
 from types import SimpleNamespace
-from typing import Dict, List, Optional, TextIO, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, TextIO, Tuple
 from unittest import mock
 
 import requests
@@ -77,6 +79,23 @@ def fp8_gemm_backend(name: str, emulation: bool = True):
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
+
+
+def for_random(times: int, **choices: Sequence) -> Callable:
+    """Run a test for `times` random picks of its arguments, the same each time."""
+
+    def decorate(test: Callable) -> Callable:
+        @functools.wraps(test)
+        def run(self):
+            random = Random(0)
+            for _ in range(times):
+                case = {name: random.choice(values) for name, values in choices.items()}
+                with self.subTest(**case):
+                    test(self, **case)
+
+        return run
+
+    return decorate
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

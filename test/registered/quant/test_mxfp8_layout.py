@@ -7,11 +7,10 @@ import textwrap
 import unittest
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sglang.srt.layers.quantization.mxfp8 import layout
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
+from sglang.test.mxfp8_utils import for_random
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=40, suite="default")
@@ -31,10 +30,7 @@ class TestMXFP8Layout(CustomTestCase):
             expected = shuffle_matrix_a(weight, 128)
             self.assertTrue(torch.equal(layout.shuffle_rows(weight), expected), (n, k))
 
-    @given(
-        blocks=st.integers(1, 9), k=st.sampled_from([1, 4, 24, 32, 33, 160, 576, 4096])
-    )
-    @settings(max_examples=40, deadline=None)
+    @for_random(40, blocks=range(1, 10), k=[1, 4, 24, 32, 33, 160, 576, 4096])
     def test_shuffle_in_place_equals_shuffle_and_is_undone(self, blocks, k):
         weight = random_bytes(32 * blocks, k)
         work, address = weight.clone(), None
@@ -72,12 +68,12 @@ class TestMXFP8Layout(CustomTestCase):
         self.assertTrue(torch.equal(weight, before[0]))
         self.assertTrue(torch.equal(room, before[1]))
 
-    @given(
-        rows=st.integers(1, 300),
-        groups=st.integers(1, 20),
-        row_tile=st.sampled_from([8, 128]),
+    @for_random(
+        60,
+        rows=range(1, 301),
+        groups=range(1, 21),
+        row_tile=[8, 128],
     )
-    @settings(max_examples=60, deadline=None)
     def test_swizzle_puts_each_byte_where_the_kernels_look(
         self, rows, groups, row_tile
     ):
@@ -104,13 +100,13 @@ class TestMXFP8Layout(CustomTestCase):
             inside = (row % 8) * 4 + group % 4
         return tile * row_tile * 4 + inside
 
-    @given(
-        rows=st.integers(1, 300),
-        groups=st.integers(1, 20),
-        shuffle=st.booleans(),
-        limit=st.sampled_from([1, 4096, layout.MAX_TEMPORARY_BYTES]),
+    @for_random(
+        60,
+        rows=range(1, 301),
+        groups=range(1, 21),
+        shuffle=(False, True),
+        limit=[1, 4096, layout.MAX_TEMPORARY_BYTES],
     )
-    @settings(max_examples=60, deadline=None)
     def test_swizzle_in_place_equals_swizzle_and_is_undone(
         self, rows, groups, shuffle, limit
     ):

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
@@ -41,6 +39,7 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    for_random,
     fp8_gemm_backend,
     init_single_process_parallel_state,
     mxfp8_config,
@@ -105,14 +104,14 @@ class MXFP8TestCase(CustomTestCase):
 
 
 class TestLayerLife(MXFP8TestCase):
-    @given(
-        n=st.sampled_from([8, 32, 96, 128, 160, 200, 576, 960, 1024]),
-        k=st.sampled_from([32, 96, 128, 256, 288, 512, 576, 768]),
-        m=st.integers(0, 17),
-        backend=st.sampled_from(BACKENDS),
-        bias=st.booleans(),
+    @for_random(
+        50,
+        n=[8, 32, 96, 128, 160, 200, 576, 960, 1024],
+        k=[32, 96, 128, 256, 288, 512, 576, 768],
+        m=range(0, 18),
+        backend=BACKENDS,
+        bias=(False, True),
     )
-    @settings(max_examples=50, deadline=None)
     def test_any_shape_loads_multiplies_and_is_restored(self, n, k, m, backend, bias):
         layer = build(n, k, backend, bias=bias)
         _, weight, scale = random_mxfp8(n, k)
