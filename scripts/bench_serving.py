@@ -100,6 +100,7 @@ SERVERS = {
     "flashinfer_trtllm_8x4": Server("flashinfer_trtllm", {LAYOUT: "8x4"}),
     "flashinfer_trtllm_128x4": Server("flashinfer_trtllm", {LAYOUT: "128x4"}),
 }
+SELF_CHECK = "sglang.srt.layers.quantization.mxfp8.self_check"
 UPDATES = 5
 # Tokens in and out of a case's requests, and of GSM8K's answers; what SMALL overrides.
 FULL = {
@@ -116,7 +117,6 @@ SMALL = {
     "bf16_model": str(REHEARSAL_MODEL),
     "gsm8k": str(ROOT / "benchmark" / "mxfp8" / "questions.jsonl"),
 }
-# The arguments, FULL or SMALL, and `env`, that of every program that is started.
 Session = argparse.Namespace
 
 
@@ -414,8 +414,7 @@ def measure_all(session: Session) -> list[str]:
         try:
             measure(session, SERVERS[name], folder)
         except (Failed, requests.RequestException) as error:
-            rehearsal = f"{REHEARSAL}\n" if session.rehearse else ""
-            failed.write_text(f"{rehearsal}{error}\n")
+            failed.write_text(f"{REHEARSAL if session.rehearse else ''}\n{error}\n")
             failures.append(f"FAILED: {folder.name}: {str(error).splitlines()[0]}")
             say(f"FAILED: {error}")
     return failures
@@ -433,6 +432,8 @@ def main() -> int:
         check_machine(session, gpus)
         session.results.mkdir(parents=True, exist_ok=True)
         write_environment(session.results / "environment.json", describe(session, gpus))
+        flags = ["--model", session.model, "--tp", session.tp]
+        run(session, SELF_CHECK, flags, session.results / "self_check.txt")
         failures = measure_all(session)
     except (Failed, OSError) as error:
         say(f"bench_serving.py: {error}")

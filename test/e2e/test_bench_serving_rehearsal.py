@@ -2,6 +2,7 @@
 interrupted while it measures, gone on with, and looked at."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def check_files(results: Path) -> None:
     assert log.count('POST /update_weights_from_disk HTTP/1.1" 200') == 5
     for log in run.glob("*.log"):
         assert log.read_text().startswith("REHEARSAL")
+    checked = (results / "self_check.txt").read_text()
+    assert checked.startswith("REHEARSAL") and "WRONG" not in checked
+    assert re.search(r"flashinfer_trtllm +\[576, 1536\] +129", checked)
     environment = (results / "environment.json").read_text()
     assert json.loads(environment)["rehearse"]
     for private in (str(results), str(SCRIPT.parents[1]), str(Path.home())):
