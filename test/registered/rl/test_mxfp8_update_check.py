@@ -194,6 +194,7 @@ class TestWhole(TinyModelTestCase):
         stale = {"model.rotary.inv_freq": "model.safetensors"}
         path = self.write_with_index({**self.b, **more}, **stale)
         self.assert_serves(load_on_cpu(path), self.b)
+        self.assertEqual(self.refusal_of(self.model, path), "")
         path = self.write({**self.b, **more})
         self.assertEqual(self.refusal_of(self.model, path), "")
 
@@ -228,6 +229,42 @@ class TestInMemory(TinyModelTestCase):
                 with self.subTest(label, name=name, byte=byte):
                     with self.refused(model, "holds NaN"):
                         update(tensors)
+
+    def test_nan_in_a_weight_that_is_sent_as_bytes(self):
+        model = load_on_cpu(self.path_a)
+        bad = with_byte(self.b, DOWN, 0xFF)
+        bad[DOWN] = bad[DOWN].view(torch.uint8)
+        with self.refused(model, f"{DOWN} holds NaN"):
+            model.load_weights(bad.items())
+        with self.refused(model, f"{DOWN} holds NaN"):
+            fused = fused_parameters(self.b) | {DOWN: bad[DOWN]}
+            load_mxfp8_tensors_directly(model, fused.items())
+        with self.assertRaisesRegex(ValueError, f"{DOWN} holds NaN"):
+            load_on_cpu(self.write(bad))
+
+    def test_scales_of_a_kv_cache(self):
+        model = load_on_cpu(self.path_a)
+        attn = model.model.layers[1].self_attn.attn
+        raw_loader = as_mxfp8_raw_loader(write_past_the_loaders)
+        own = "model.layers.1.self_attn.attn.k_scale"
+        fused = fused_parameters(self.b)
+        for update, tensors in (
+            (model.load_weights, self.b),
+            (lambda tensors: load_mxfp8_tensors_directly(model, tensors), fused),
+            (lambda tensors: raw_loader(model, list(tensors)), fused),
+        ):
+            for value in (float("nan"), -1.0, 0.0):
+                bad = {**tensors, own: torch.tensor(value)}
+                with self.refused(model, f"{own} is .*: a scale is a positive"):
+                    update(bad.items())
+            update([(own, torch.tensor(0.5))])
+            self.assertEqual((attn.k_scale.item(), attn.k_scale_float), (0.5, 0.5))
+            update([(own, torch.tensor(1.0))])
+
+    def test_a_scale_of_values_without_one_of_keys(self):
+        path = self.write({**self.b, "model.layers.1.self_attn.v_scale": torch.ones(1)})
+        with self.assertRaisesRegex(ValueError, "layers.1.self_attn.attn has a scale for"):
+            load_on_cpu(path)
 
     def test_the_largest_numbers_are_taken(self):
         tensors = with_byte(with_byte(self.b, DOWN, 0xFE), UP_SCALE, 254)

@@ -91,10 +91,10 @@ def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
-def check_index(files: List[str], names: Set[str], is_update: bool) -> None:
-    """Raises UpdateRefused when the checkpoint's index lists a tensor that no file has.
+def check_index(files: List[str], names: Set[str]) -> None:
+    """Raises UpdateRefused when a file is missing that the checkpoint's index lists.
 
-    At start the file has to be missing: stale entries that no model needs are old news.
+    Of one that is there, the index may list more: what the model needs is checked.
     """
     folder = os.path.dirname(files[0])
     index = os.path.join(folder, "model.safetensors.index.json")
@@ -103,8 +103,8 @@ def check_index(files: List[str], names: Set[str], is_update: bool) -> None:
     with open(index) as file:
         weight_map = json.load(file)["weight_map"]
     for name in sorted(set(weight_map) - names):
-        if is_update or not os.path.exists(os.path.join(folder, weight_map[name])):
+        if not os.path.exists(os.path.join(folder, weight_map[name])):
             raise UpdateRefused(
-                f"{index} has {name} in {weight_map[name]}, which lacks it or is not "
-                "there: fetch the checkpoint again"
+                f"{index} has {name} in {weight_map[name]}, which is not there: fetch "
+                "the checkpoint again"
             )

@@ -21,6 +21,10 @@ from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.names import (
+    refuse_bad_kv_scales,
+    remake_kv_floats,
+)
 from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
@@ -302,6 +306,7 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
     for path, module in model.named_modules():
         if any(is_mxfp8_expert(module, p) for p in module.parameters(recurse=False)):
             refuse_experts(n for n, _ in named_tensors if n.startswith(f"{path}."))
+    refuse_bad_kv_scales(named_tensors)
     refuse_non_finite(named_tensors)
 
 
@@ -325,16 +330,18 @@ def _direct_writes(
 
 
 def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
-    """What an MLA model must do after raw writes: it keeps weights made of kv_b_proj's."""
-    if not any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
-        return lambda: None
-    makers = [m for m in model.modules() if hasattr(m, "post_load_weights")]
-    if not makers:  # Kimi-Linear makes them at the end of every load, even of nothing
-        return functools.partial(model.load_weights, ())
+    """What a model must do after raw writes: it keeps its KV cache's scales as numbers,
+    and an MLA model keeps weights made of kv_b_proj's."""
+    makers = [functools.partial(remake_kv_floats, model)]
+    if any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
+        owners = [m for m in model.modules() if hasattr(m, "post_load_weights")]
+        makers += [functools.partial(post_load_weights, m, model_config) for m in owners]
+        if not owners:  # Kimi-Linear makes them at the end of every load, even of nothing
+            makers.append(functools.partial(model.load_weights, ()))
 
     def remake() -> None:
-        for maker in makers:
-            post_load_weights(maker, model_config)
+        for make in makers:
+            make()
 
     return remake
 

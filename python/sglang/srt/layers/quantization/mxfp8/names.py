@@ -334,7 +334,7 @@ def load_kv_scales(model: torch.nn.Module, plan, weights: Weights) -> Weights:
     """Load the scales of the KV cache among `weights`, and yield the others.
 
     Raises ValueError, naming it, for a scale that has no place in the model, is not one
-    number, or not positive.
+    number, or not positive, and for a value's first scale without a key's.
     """
     caches = None
     for name, tensor in weights:
@@ -347,17 +347,37 @@ def load_kv_scales(model: torch.nn.Module, plan, weights: Weights) -> Weights:
         for path in plan.attention_of(name, caches):
             for kind in kinds:
                 _set_kv_scale(caches[path], f"{kind}_scale", name, tensor)
+    for path, cache in (caches or {}).items():
+        if not cache.k_scale.is_meta and cache.k_scale < 0 < cache.v_scale:
+            raise ValueError(f"{path} has a scale for values, but none for keys")
+
+
+def refuse_bad_kv_scales(weights: Weights) -> None:
+    """Raise ValueError, naming it, for a scale of the KV cache that is not one positive
+    number."""
+    for name, scale in weights:
+        if not _KV_SCALE.search(name):
+            continue
+        if scale.numel() != 1:
+            raise ValueError(
+                f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"
+            )
+        if not scale.is_meta and not 0 < scale.item() < float("inf"):
+            raise ValueError(f"{name} is {scale.item()}: a scale is a positive number")
+
+
+def remake_kv_floats(model: torch.nn.Module) -> None:
+    """After raw writes: the attention kernels take a scale as a number of Python's."""
+    for cache in kv_caches(model).values():
+        for kind in ("k_scale", "v_scale"):
+            if getattr(cache, f"{kind}_float") is not None:
+                setattr(cache, f"{kind}_float", getattr(cache, kind).item())
 
 
 def _set_kv_scale(
     cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
 ) -> None:
-    if scale.numel() != 1:
-        raise ValueError(
-            f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"
-        )
-    if not scale.is_meta and not 0 < scale.item() < float("inf"):
-        raise ValueError(f"{name} is {scale.item()}: a scale is a positive number")
+    refuse_bad_kv_scales([(name, scale)])
     getattr(cache, kind).data.copy_(scale.reshape(()))
     # What the attention kernels take, once it is made of the first scales.
     if getattr(cache, f"{kind}_float") is not None:

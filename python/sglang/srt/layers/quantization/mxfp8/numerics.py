@@ -43,8 +43,8 @@ def refuse_non_finite(
 ) -> None:
     """Raise ValueError, by its name, for a tensor that holds NaN or infinity.
 
-    That is a NaN code in e4m3, the byte 255 in an E8M0 scale and, if the model
-    `quantizes` what it loads, NaN or infinity in 16 bits or more. Reads an
+    That is a NaN code in e4m3 (or its bytes), the byte 255 in an E8M0 scale and, if the
+    model `quantizes` what it loads, NaN or infinity in 16 bits or more. Reads an
     e4m3 tensor twice and others once, and waits for a GPU once.
     """
     found: Dict[torch.device, list] = defaultdict(list)
@@ -83,7 +83,8 @@ def _telling_bytes(
 ) -> Iterator[Tuple[torch.Tensor, int]]:
     """Pairs of a byte that says it all, on the tensor's device, and what it must not be."""
     last = name.rpartition(".")[2]
-    if tensor.dtype == torch.float8_e4m3fn:
+    is_bytes = tensor.dtype == torch.uint8 and last == "weight"
+    if tensor.dtype == torch.float8_e4m3fn or is_bytes:
         # The two NaN codes are the greatest byte, without and with a sign.
         yield tensor.view(torch.uint8).amax(), 0xFF
         yield tensor.view(torch.int8).amax().view(torch.uint8), 0x7F

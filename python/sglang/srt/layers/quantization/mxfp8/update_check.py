@@ -29,6 +29,7 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
 from sglang.srt.layers.quantization.mxfp8.formats import OTHER_SCALE, SCALE
 from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
+from sglang.srt.layers.quantization.mxfp8.names import refuse_bad_kv_scales
 from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, name_mxfp8_weights
 
@@ -93,9 +94,9 @@ class UpdateCheck:
         taken, untaken = self._load(named_tensors, whole=False)
         if not note_taken(taken, () if self._is_part else untaken):
             self._refuse_nothing(untaken)
-        refuse_non_finite(
-            (named for named in named_tensors if named[0] in taken), self._quantizes
-        )
+        named_tensors = [named for named in named_tensors if named[0] in taken]
+        refuse_bad_kv_scales(named_tensors)
+        refuse_non_finite(named_tensors, self._quantizes)
 
     def files(
         self,
@@ -118,7 +119,7 @@ class UpdateCheck:
             self._refuse_another(model)
         named_tensors = read_headers(files, use_safetensors)
         if use_safetensors:
-            check_index(files, {name for name, _ in named_tensors}, model is not None)
+            check_index(files, {name for name, _ in named_tensors})
         named_tensors = list(rename(named_tensors))
         if name_filter is not None:
             named_tensors = [named for named in named_tensors if name_filter(named[0])]
