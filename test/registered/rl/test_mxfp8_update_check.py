@@ -263,7 +263,9 @@ class TestInMemory(TinyModelTestCase):
 
     def test_a_scale_of_values_without_one_of_keys(self):
         path = self.write({**self.b, "model.layers.1.self_attn.v_scale": torch.ones(1)})
-        with self.assertRaisesRegex(ValueError, "layers.1.self_attn.attn has a scale for"):
+        with self.assertRaisesRegex(
+            ValueError, "layers.1.self_attn.attn has a scale for"
+        ):
             load_on_cpu(path)
 
     def test_the_largest_numbers_are_taken(self):

@@ -335,8 +335,12 @@ def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
     makers = [functools.partial(remake_kv_floats, model)]
     if any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
         owners = [m for m in model.modules() if hasattr(m, "post_load_weights")]
-        makers += [functools.partial(post_load_weights, m, model_config) for m in owners]
-        if not owners:  # Kimi-Linear makes them at the end of every load, even of nothing
+        makers += [
+            functools.partial(post_load_weights, m, model_config) for m in owners
+        ]
+        if (
+            not owners
+        ):  # Kimi-Linear makes them at the end of every load, even of nothing
             makers.append(functools.partial(model.load_weights, ()))
 
     def remake() -> None:
