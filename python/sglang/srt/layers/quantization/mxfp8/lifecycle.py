@@ -338,9 +338,8 @@ def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
         makers += [
             functools.partial(post_load_weights, m, model_config) for m in owners
         ]
-        if (
-            not owners
-        ):  # Kimi-Linear makes them at the end of every load, even of nothing
+        if not owners:
+            # Kimi-Linear makes them at the end of every load, even of nothing.
             makers.append(functools.partial(model.load_weights, ()))
 
     def remake() -> None:
