@@ -75,7 +75,7 @@ def _ask(source: Path, shapes: dict) -> List[Layer]:
     args = ServerArgs(
         str(source),
         device="cuda" if torch.cuda.is_available() else "cpu",
-        attention_backend="triton",
+        attention_backend="fa3",
         skip_tokenizer_init=True,
     )
     set_global_server_args_for_scheduler(args)

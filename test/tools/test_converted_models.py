@@ -81,6 +81,7 @@ MODELS = {
     ),
     **dict.fromkeys(("phi3", "qwen2", "granite", "olmo2", "cohere2"), (TEXT, 4)),
     "smollm3": (TEXT, 7),
+    "lfm2": (TEXT, 5),  # which sglang does not build for triton's attention
     # Refused, see below.
     "gpt_oss": (GPT_OSS, 0),
     "gpt2": (dict(n_embd=128, n_layer=1, n_head=4, vocab_size=320), 0),

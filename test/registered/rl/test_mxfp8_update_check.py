@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from transformers import DeepseekV3ForCausalLM
+from transformers import BertConfig, BertModel, DeepseekV3ForCausalLM
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -33,7 +33,7 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_mxfp8_tensors_directly,
 )
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.numerics import quantize
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize, refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
@@ -198,6 +198,13 @@ class TestWhole(TinyModelTestCase):
         path = self.write({**self.b, **more})
         self.assertEqual(self.refusal_of(self.model, path), "")
 
+    def test_an_encoder_has_a_parameter_that_nothing_reads(self):
+        path = f"{self.directory}/bert"
+        config = BertConfig(64, 64, 1, 2, 128, max_position_embeddings=64)
+        BertModel(config).to(BF16).save_pretrained(path)
+        model = load_on_cpu(path, quantization="mxfp8")
+        self.assertIn("embeddings.position_ids", dict(model.named_parameters()))
+
     def test_a_filtered_update_need_not_be_whole(self):
         only = dict(name_filter=lambda name: "layers.1" in name)
         self.assertEqual(self.refusal_of(self.model, self.path_b, **only), "")
@@ -241,6 +248,16 @@ class TestInMemory(TinyModelTestCase):
             load_mxfp8_tensors_directly(model, fused.items())
         with self.assertRaisesRegex(ValueError, f"{DOWN} holds NaN"):
             load_on_cpu(self.write(bad))
+
+    def test_nan_in_scales_of_fused_experts(self):
+        nan = torch.full((2, 3, 4), 255, dtype=torch.uint8)
+        for name, scale in (
+            ("experts.gate_up_proj_weight_scale_inv", nan),
+            ("experts.down_proj_scale_inv", nan),
+            ("experts.any_name", nan.view(torch.float8_e8m0fnu)),
+        ):
+            with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
+                refuse_non_finite([(name, scale)])
 
     def test_scales_of_a_kv_cache(self):
         model = load_on_cpu(self.path_a)

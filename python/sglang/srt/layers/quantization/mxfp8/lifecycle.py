@@ -142,7 +142,11 @@ def _update_check(model_config, model) -> Optional[UpdateCheck]:
         if model_config.is_draft_model:
             not_needed.append(VocabParallelEmbedding)  # the target's
         if not model_config.is_generation:
+            from sglang.srt.models.bert import BertEmbedding
+            from sglang.srt.models.roberta import RobertaEmbedding
+
             not_needed.append(ParallelLMHead)  # never run
+            not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
         model.mxfp8_update_check = UpdateCheck(
             lambda: model.mxfp8_twin(),
             is_part=model_config.is_draft_model or get_pp_group().world_size > 1,

@@ -88,7 +88,9 @@ def _telling_bytes(
         # The two NaN codes are the greatest byte, without and with a sign.
         yield tensor.view(torch.uint8).amax(), 0xFF
         yield tensor.view(torch.int8).amax().view(torch.uint8), 0x7F
-    elif last.startswith("weight_scale") and tensor.dtype.itemsize == 1:
+    elif tensor.dtype.itemsize == 1 and (
+        "_scale" in last or tensor.dtype == torch.float8_e8m0fnu
+    ):
         yield tensor.view(torch.uint8).amax(), 0xFF
     elif quantizes and tensor.is_floating_point():
         low, high = torch.aminmax(tensor)
