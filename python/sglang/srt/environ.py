@@ -29,7 +29,7 @@ class Envs:
     SGLANG_MXFP8_ACCEPT_UNCHECKED = EnvBool(False)
     # Compare the kernels of MXFP8 layers with plain torch before they serve
     SGLANG_MXFP8_SELF_CHECK = EnvBool(True)
-    # Backends of single layers, e.g. "down_proj=flashinfer_cutlass,layers.0.*=bf16"
+    # Backends of single layers, e.g. "down_proj=flashinfer_cutlass,layers.0.*=weight_only"
     SGLANG_MXFP8_LINEAR_BACKEND = EnvStr("")
     # Activation-scale layout of flashinfer_trtllm: auto, 8x4 or 128x4
     SGLANG_MXFP8_TRTLLM_SF_LAYOUT = EnvStr("auto")

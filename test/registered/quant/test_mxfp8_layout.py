@@ -1,16 +1,12 @@
 """The layouts of FlashInfer's MXFP8 GEMMs: FlashInfer's own helpers, and inverses."""
 
-import os
-import subprocess
-import sys
-import textwrap
 import unittest
 
 import torch
 
 from sglang.srt.layers.quantization.mxfp8 import layout
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.mxfp8_utils import for_random
+from sglang.test.mxfp8_utils import for_random, run_with_kernel
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=40, suite="default")
@@ -143,16 +139,7 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
 
     def run_with_kernel(self, script: str, **env: str) -> None:
         """Run `script` in a new Python, with the kernel's file imported as `kernel`."""
-        folder = os.path.dirname(layout.__file__)
-        script = "import shuffle_kernel as kernel\n" + textwrap.dedent(script)
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONPATH": folder, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.assertEqual(result.returncode, 0, result.stdout)
+        run_with_kernel(self, "shuffle_kernel", script, **env)
 
     def test_interpreted_kernel_shuffles_in_place_and_back(self):
         self.run_with_kernel(

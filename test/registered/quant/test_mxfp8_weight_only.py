@@ -1,8 +1,5 @@
 """x @ W^T with an MXFP8 weight in checkpoint form: plain torch, and the Triton kernels."""
 
-import os
-import subprocess
-import sys
 import textwrap
 import unittest
 import unittest.mock
@@ -13,6 +10,7 @@ from sglang.srt.layers.quantization.mxfp8 import weight_only
 from sglang.srt.layers.quantization.mxfp8.numerics import SMALLEST_NORMAL
 from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
+from sglang.test.mxfp8_utils import run_with_kernel
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=60, suite="default")
@@ -142,16 +140,7 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
 
     def run_with_kernel(self, script: str, **env: str) -> None:
         """Run `script` in a new Python, with the kernels' file imported as `kernel`."""
-        folder = os.path.dirname(weight_only.__file__)
-        script = "import weight_only_kernel as kernel\n" + textwrap.dedent(script)
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            env={**os.environ, "PYTHONPATH": folder, **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.assertEqual(result.returncode, 0, result.stdout)
+        run_with_kernel(self, "weight_only_kernel", script, **env)
 
     # The interpreter turns tensors to numbers in a way that numpy has since given up.
     INTERPRETED = """

@@ -30,7 +30,10 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     choice_after,
     flashinfer_version,
 )
-from sglang.srt.layers.quantization.mxfp8.weights import Mxfp8LinearWeights
+from sglang.srt.layers.quantization.mxfp8.weights import (
+    Mxfp8LinearWeights,
+    kernel_scale,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +208,10 @@ def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
 
 
 def _largest_scale(weights: Mxfp8LinearWeights) -> int:
-    return max(int(scale.max()) for _, _, scale in weights.checkpoint_slabs())
+    scale = weights.layer.weight_scale_inv
+    return int(
+        (kernel_scale(scale) if weights.backend.is_flashinfer() else scale).max()
+    )
 
 
 def _run(kernel: Kernel, layer: torch.nn.Module, x: torch.Tensor, result: Result):
