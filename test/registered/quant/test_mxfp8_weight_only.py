@@ -170,9 +170,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
         # K in parts, rests of M, N and K, and rows that are longer than K.
         self.interpret("""
             parts = set()
-            kernel._multiprocessors = lambda device: 40
-            for small in (1 << 24, 0):
-                kernel.SMALL = small
+            kernel._multiprocessors = lambda device: (40, 1 << 20)
+            for kernel.SMALL, kernel.LARGE in ((1 << 24, 1 << 25), (0, 1 << 25), (0, 0)):
                 for m, n, k in (
                     (1, 1, 32), (1, 9, 544), (1, 5, 3072), (3, 9, 544),
                     (6, 33, 160), (16, 40, 4096), (17, 65, 96), (33, 100, 2016),
@@ -188,7 +187,7 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                     error = kernel.fused(x, weight, scale) - x.double() @ exact.t()
                     sizes = x.double().abs() @ exact.abs().t()
                     assert error.norm() < 1e-6 * sizes.norm(), (m, n, k)
-                    parts.add(kernel.tiling_and_parts(m, n, k, 40)[1])
+                    parts.add(kernel.tiling_and_parts(m, n, k, 40, 1 << 20)[1])
             assert len(parts) > 2, parts
             """)
 
@@ -236,10 +235,12 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                     tile = {"BN": 16, "BK": 256, **decode}
                     found.append(compiled(kernel._decode_kernel, arch, dtype, 4, **tile))
                     tilings = [*kernel.TILINGS.values(), *kernel.SMALL_TILINGS.values()]
+                    has_room = arch in (80, 90, 100)
+                    tilings += [kernel.LARGE_TILING] * has_room
                     for each in tilings if dtype == "bf16" else tilings[:1]:
                         tile = {"BM": each.bm, "BN": each.bn, "BK": each.bk}
                         tile.update(WEIGHT_LEFT=each.weight_left, STAGES=each.stages)
-                        tile.update(EVEN=True, **decode)
+                        tile.update(WARPS=each.warps, EVEN=True, **decode)
                         product = compiled(
                             kernel._dot_kernel, arch, dtype, each.warps, **tile
                         )
@@ -248,7 +249,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                         found.append(product)
                     for each in found:
                         # SM86, SM89 and SM120 have the least: 99 KiB a block.
-                        assert each.metadata.shared <= 99 << 10, each.metadata.shared
+                        room = kernel.LARGE_SHARED if has_room else 99 << 10
+                        assert each.metadata.shared <= room, each.metadata.shared
                         uses_e4m3 = "e4m3" in each.asm["ptx"]
                         assert native or not uses_e4m3, arch
             """)

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of input at which a tile of some kernel begins or ends.
 TILE_ROWS = (1, 128, 129, 160)
+ROWS_AT_A_TIME = 128  # of input, in the reference: as many take little memory
 LARGEST_SCALE = 230  # a byte: weights of it, times 2^12 inputs of 2^12, are in fp32
 FP32_ROUNDING = 2.0**-24
 FP16_SUBNORMAL_ROUNDING = 2.0**-25
@@ -83,13 +84,8 @@ class Result:
     """
 
     m: int
-    seconds: float = 0.0
     error: float = 0.0
     failure: str = ""
-
-    def worst(self, error: torch.Tensor) -> None:
-        """Keep the larger error, or NaN."""
-        self.error = float(torch.maximum(error, error.new_tensor(self.error)))
 
     @property
     def is_right(self) -> bool:
@@ -182,28 +178,30 @@ def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
     """Run a layer's kernel for every M of `kernel.rows()`, and measure its errors.
 
     Uses random bytes, prepared in the same way, for a layer whose own are all zero, leave
-    the range of fp32, or are offloaded.
-    Raises RuntimeError if a call breaks the CUDA context: nothing runs after that.
+    the range of fp32, or are offloaded. Waits for the GPU once.
+    Raises RuntimeError if that fails: a call broke the CUDA context, and nothing runs then.
     """
     if weights.is_offloaded() or not 0 < _largest_scale(weights) < LARGEST_SCALE:
         linear = weights.layer.w8a8_mxfp8_linear
         weights = random_weights(kernel, linear, _device())
-    x = _input(kernel, weights.layer.weight.device)
+    logger.debug(f"MXFP8 self-check: {kernel}")
     results = [Result(m) for m in kernel.rows()]
-    outputs = [_run(kernel, weights.layer, x, result) for result in results]
-    if kernel.choice.backend.is_weight_only():
-        taken = x.double()
-    else:
-        taken = dequantize(*quantize(x)).double()
-    for rows, weight, scale in weights.checkpoint_slabs():
-        expected, bound = _expect(kernel, taken, weight, scale)
-        for result, output in zip(results, outputs):
-            if output is not None:
-                m = slice(result.m)
-                error = (output[:, rows].double() - expected[m]).abs() / bound[m]
-                # Of zeros the bound is zero, and beyond the dtype's range is infinity.
-                exact = output[:, rows] == expected[m].to(output.dtype)
-                result.worst(error.masked_fill(exact, 0).amax())
+    try:
+        x = _input(kernel, weights.layer.weight.device)
+        taken = x if kernel.choice.backend.is_weight_only() else dequantize(*quantize(x))
+        errors = []
+        for result in results:
+            output = _run(kernel, weights.layer, x[: result.m], result)
+            errors.append(_error(kernel, weights, taken[: result.m], output))
+        _wait(x)
+    except Exception as error:
+        raise RuntimeError(
+            f"{describe(kernel, [Result(results[0].m, failure=repr(error))])}. If it broke "
+            "the CUDA context, start with another backend for it in "
+            "SGLANG_MXFP8_LINEAR_BACKEND"
+        ) from error
+    for result, error in zip(results, torch.stack(errors).tolist()):
+        result.error = error
     return results
 
 
@@ -216,34 +214,35 @@ def _largest_scale(weights: Mxfp8LinearWeights) -> int:
 
 def _run(kernel: Kernel, layer: torch.nn.Module, x: torch.Tensor, result: Result):
     """The output [M, N] of one call, or None if it raised, which `result` then has."""
-    input, input_scale = x[: result.m], None
+    input_scale = None
     if kernel.choice.backend.is_triton():  # upstream's quantizer is not in question
-        input, input_scale = quantize(input)
-    if x.is_cuda:  # on record, should the process end in it
-        logger.info(f"MXFP8 self-check: {kernel.at(result.m)}")
+        x, input_scale = quantize(x)
     # The output is most likely allocated where these lie.
-    torch.full((result.m, kernel.n), float("nan"), dtype=x.dtype, device=x.device)
-    started = time.perf_counter()
+    x.new_full((result.m, kernel.n), float("nan"), dtype=kernel.dtype)
     try:
-        output = layer.w8a8_mxfp8_linear(
-            input=input,
+        return layer.w8a8_mxfp8_linear(
+            input=x,
             weight=layer.weight,
             weight_scale=layer.weight_scale_inv,
             input_scale=input_scale,
         )
-        _wait(x)
     except Exception as error:
         result.failure = repr(error)
-        try:
-            _wait(x)
-        except Exception:
-            raise RuntimeError(
-                f"{describe(kernel, [result])}. It broke the CUDA context; start with "
-                "another backend for it in SGLANG_MXFP8_LINEAR_BACKEND"
-            ) from error
-        return None
-    result.seconds = time.perf_counter() - started
-    return output
+
+
+def _error(kernel, weights, x: torch.Tensor, output) -> torch.Tensor:
+    """The largest error of x @ w^T, in units of its bound, as a scalar on the device."""
+    worst = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows, weight, scale in weights.checkpoint_slabs() if output is not None else ():
+        weight = dequantize(weight, scale).double()
+        for m in range(0, len(x), ROWS_AT_A_TIME):
+            found = output[m : m + ROWS_AT_A_TIME, rows]
+            expected, bound = _expect(kernel, x[m : m + ROWS_AT_A_TIME].double(), weight)
+            error = (found.double() - expected).abs() / bound
+            # Of zeros the bound is zero, and beyond the dtype's range is infinity.
+            error.masked_fill_(found == expected.to(found.dtype), 0)
+            worst = torch.maximum(worst, error.amax())
+    return worst
 
 
 def _wait(x: torch.Tensor) -> None:
@@ -256,10 +255,9 @@ def _device() -> torch.device:
 
 
 def _expect(
-    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Of [M, K] fp64 and rows of the weight: the product, and how far one may be off."""
-    weight = dequantize(weight, scale).double()
+    """Of [M, K] and [N, K] in fp64: the product, and how far one may be off."""
     expected = x @ weight.t()
     # Just below a power of two, the next number of the dtype is a step of the next size.
     eps = torch.finfo(kernel.dtype).eps
@@ -321,23 +319,22 @@ def main() -> None:
     parser.add_argument("--fp8-gemm-backend", default="auto", help="as of the server")
     arguments = parser.parse_args()
     layers = _layers_on_meta(arguments.model, arguments.tp, arguments.fp8_gemm_backend)
-    table, all_right = "{:18} {:>15} {:>6} {:7} {:>9} {:>9}  {}", True
-    print(table.format("backend", "[N, K]", "M", "scales", "error", "ms", ""))
+    table, all_right = "{:18} {:>15} {:>6} {:7} {:>9} {:>7}  {}", True
+    print(table.format("backend", "[N, K]", "M", "scales", "error", "s", ""))
     for kernel, weights in {Kernel.of(w): w for w in layers}.items():
-        linear = weights.layer.w8a8_mxfp8_linear
-        for result in run_kernel(kernel, random_weights(kernel, linear, _device())):
+        linear, started = weights.layer.w8a8_mxfp8_linear, time.perf_counter()
+        results = run_kernel(kernel, random_weights(kernel, linear, _device()))
+        seconds = f"{time.perf_counter() - started:.2f}"  # of all M, with compilation
+        for result in results:
             all_right &= result.is_right
-            print(
-                table.format(
-                    kernel.choice.backend.value,
-                    f"[{kernel.n}, {kernel.k}]",
-                    result.m,
-                    kernel.layout(result.m),
-                    f"{result.error:.2f}",
-                    f"{1000 * result.seconds:.2f}",
-                    "" if result.is_right else f"WRONG {result.failure}",
-                )
-            )
+            shape, layout = f"[{kernel.n}, {kernel.k}]", kernel.layout(result.m)
+            note = "" if result.is_right else f"WRONG {result.failure}"
+            cells = shape, result.m, layout, f"{result.error:.2f}", seconds, note
+            print(table.format(kernel.choice.backend.value, *cells))
+            seconds = ""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() >> 20
+        print(f"At most {peak} MiB of GPU memory, with the largest weight's bytes")
     sys.exit(0 if all_right else 1)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize
 
-MAX_SLAB_BYTES = 32 << 20  # of decoded weight; most of it stays in an L2 cache
+MAX_SLAB_BYTES = 64 << 20  # of decoded weight
 
 
 def weight_only_linear(
@@ -49,14 +49,16 @@ def max_m_fused(n: int, k: int) -> int:
     """The M up to which a weight [N, K] is better decoded in the product, on an H100."""
     if n * k < 16 << 20:
         return 128
-    return 384 if n * k >= 32 << 20 else 256
+    return 512 if n * k >= 32 << 20 else 256
 
 
 def _by_slabs(input, weight, scale, decode) -> torch.Tensor:
     n, k = weight.shape
     output = input.new_empty(input.shape[0], n)
-    # In multiples of 64 rows, for torch's product wants aligned columns of the output.
-    rows = max(64, MAX_SLAB_BYTES // (k * input.element_size()) // 64 * 64)
+    # Many rows of x fill the GPU with smaller slabs, which stay in the L2 cache. Powers of
+    # two are whole tiles of torch's product.
+    size = MAX_SLAB_BYTES // (2 if input.shape[0] > 1024 else 1)
+    rows = max(64, 1 << (size // (k * input.element_size())).bit_length() >> 1)
     workspace = input.new_empty(min(rows, n), k)
     for start in range(0, n, rows):
         part = slice(start, start + rows)

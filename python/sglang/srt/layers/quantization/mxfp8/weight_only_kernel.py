@@ -108,9 +108,7 @@ def _values(codes, DECODE: tl.constexpr):
 
 @triton.jit
 def _weights(codes, byte, dtype: tl.constexpr, DECODE: tl.constexpr):
-    """Codes [N, K] times their scales, int32 [N, K / 32], rounded to `dtype`."""
-    N: tl.constexpr = codes.shape[0]
-    K: tl.constexpr = codes.shape[1]
+    """Codes [..., K] times their scales, int32 [..., K / 32], rounded to `dtype`."""
     if DECODE == "plain":
         scale = _power_of_two(byte)
     elif dtype == tl.bfloat16:
@@ -122,7 +120,8 @@ def _weights(codes, byte, dtype: tl.constexpr, DECODE: tl.constexpr):
         small = (1 << tl.maximum(byte - 95, 0)) - tl.where(byte < 95, 1, 0)
         bits = tl.where(byte < 105, small, normal) + ((byte + 1) >> 8)
         scale = bits * 0x10001
-    scale = tl.broadcast_to(scale[:, :, None], (N, K // GROUP, GROUP)).reshape(N, K)
+    scale = tl.expand_dims(scale, -1)
+    scale = tl.broadcast_to(scale, byte.shape + [GROUP]).reshape(codes.shape)
     asm: tl.constexpr = NATIVE_BF16_ASM if DECODE == "native" else BF16_ASM
     if DECODE == "plain":
         return _values(codes, DECODE) * scale
@@ -188,56 +187,85 @@ def _sum_kernel(
     tl.store(out + m * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
+@triton.jit
+def _regroup_kernel(x, out, K, WIDTH, stride_x, BLOCK: tl.constexpr):
+    """Rows of x, each 64 columns in the order that a left weight has; zeros up to WIDTH."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + row * stride_x + k, k < K, 0.0)
+    values = values.reshape(BLOCK // 64, 4, 8, 2).permute(0, 2, 1, 3).reshape(BLOCK)
+    tl.store(out + row * WIDTH + k, values, k < WIDTH)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _dot_kernel(
     # fmt: off
     x, w, s, out, partial, counters, M, N, K, stride_x, stride_w, stride_s,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WEIGHT_LEFT: tl.constexpr,
-    STAGES: tl.constexpr, EVEN: tl.constexpr, DECODE: tl.constexpr,
+    WARPS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr, DECODE: tl.constexpr,
     # fmt: on
 ):
-    """A [BM, BN] tile, or what a part of K adds to it, a program."""
+    """A [BM, BN] tile, or what a part of K adds to it, a program.
+
+    With WEIGHT_LEFT, x comes from `_regroup_kernel`.
+    """
     GROUPS: tl.constexpr = BK // GROUP
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
     m = tile % tiles_m * BM + tl.arange(0, BM)
-    n = tile // tiles_m * BN + tl.arange(0, BN)
+    first_n = tile // tiles_m * BN
+    n = first_n + tl.arange(0, BN)
     row = tl.minimum(n, N - 1).to(tl.int64)
-    k = tl.arange(0, BK)
-    g = tl.arange(0, GROUPS)
-    w_at = w + row[:, None] * stride_w + k[None, :]
-    s_at = s + row[:, None] * stride_s + g[None, :]
-    x_at = x + m[:, None].to(tl.int64) * stride_x + k[None, :]
+    k = tl.arange(0, BK)[None, :]
+    if WEIGHT_LEFT:
+        chunk = tl.arange(0, BK // 64)[None, :, None]
+        row = row[:, None, None]
+        k_of_w = chunk * 64 + tl.arange(0, 64)[None, None, :]
+        g = chunk * 2 + tl.arange(0, 2)[None, None, :]
+        sums = tl.zeros((BN, BM), tl.float32)
+    else:
+        row = row[:, None]
+        k_of_w = k
+        g = tl.arange(0, GROUPS)[None, :]
+        sums = tl.zeros((BM, BN), tl.float32)
+    w_at = w + row * stride_w + k_of_w
+    s_at = s + row * stride_s + g
+    x_at = x + m[:, None].to(tl.int64) * stride_x + k
     rows_inside = m[:, None] < M
 
     blocks = tl.cdiv(K, BK)
     blocks_a_part = tl.cdiv(blocks, tl.num_programs(1))
     first = tl.program_id(1) * blocks_a_part
     last = tl.minimum(first + blocks_a_part, blocks)
-    if WEIGHT_LEFT:
-        sums = tl.zeros((BN, BM), tl.float32)
-    else:
-        sums = tl.zeros((BM, BN), tl.float32)
     # Scales are too small for asynchronous copies: they are loaded one block ahead.
     ahead = tl.minimum(first, blocks - 1) * GROUPS
-    byte = tl.load(s_at + ahead, g[None, :] < K // GROUP - ahead, 0)
+    byte = tl.load(s_at + ahead, g < K // GROUP - ahead, 0)
     for block in tl.range(first, last, num_stages=STAGES):
         start = block * BK
-        inside = k[None, :] < (BK if EVEN else K - start)
-        codes = tl.load(w_at + start, inside, 0, eviction_policy="evict_first")
-        tokens = tl.load(x_at + start, rows_inside & inside, 0.0)
+        left = BK if EVEN else K - start
+        left_of_x = tl.cdiv(left, 64) * 64 if WEIGHT_LEFT else left
+        tokens = tl.load(x_at + start, rows_inside & (k < left_of_x), 0.0)
+        codes = tl.load(w_at + start, k_of_w < left, 0, eviction_policy="evict_first")
         scale = byte.to(tl.int32)
         ahead = tl.minimum(block + 1, last - 1) * GROUPS
-        groups_inside = g[None, :] < (GROUPS if EVEN else K // GROUP - ahead)
-        byte = tl.load(s_at + ahead, groups_inside, 0)
+        byte = tl.load(s_at + ahead, g < (GROUPS if EVEN else K // GROUP - ahead), 0)
         weights = _weights(codes, scale, x.dtype.element_ty, DECODE)
         tokens = tokens.to(weights.dtype)
         if WEIGHT_LEFT:
+            # A thread has 16 codes next to each other of every eighth row. In this order
+            # they are its part of the tensor cores' operand, and need not change places.
+            weights = weights.reshape(
+                BN // (16 * WARPS), 2, WARPS, 8, BK // 64, 4, 8, 2
+            )
+            weights = weights.permute(0, 2, 1, 3, 4, 6, 5, 7).reshape(BN, BK)
             sums = tl.dot(weights, tokens.T, sums, input_precision="ieee")
         else:
             sums = tl.dot(tokens, weights.T, sums, input_precision="ieee")
     if WEIGHT_LEFT:
         sums = sums.T
+        r = tl.arange(0, BN)
+        n = r // (16 * WARPS) * (2 * WARPS) + r // 8 % 2 * WARPS + r // 16 % WARPS
+        n = first_n + n * 8 + r % 8
     at = out + m[:, None].to(tl.int64) * N + n[None, :]
     inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     place = partial + tile.to(tl.int64) * (tl.num_programs(1) * BM * BN) + inner
@@ -259,10 +287,13 @@ def _decode_kernel(
     row = n[:, None].to(tl.int64)
     inside = (n[:, None] < N) & (k[None, :] < K)
     groups_inside = (n[:, None] < N) & (g[None, :] < K // GROUP)
-    codes = tl.load(w + row * stride_w + k[None, :], mask=inside, other=0)
+    at = w + row * stride_w + k[None, :]
+    codes = tl.load(at, mask=inside, other=0, eviction_policy="evict_first")
     byte = tl.load(s + row * stride_s + g[None, :], mask=groups_inside, other=0)
     weights = _weights(codes, byte.to(tl.int32), out.dtype.element_ty, DECODE)
-    tl.store(out + row * K + k[None, :], weights, mask=inside)
+    # To stay in the L2 cache until the product reads it.
+    at = out + row * K + k[None, :]
+    tl.store(at, weights, mask=inside, eviction_policy="evict_last")
 
 
 class Tiling(NamedTuple):
@@ -281,28 +312,34 @@ class Tiling(NamedTuple):
 TILINGS = {
     16: Tiling(16, 32, 128, False, 2, 3, 6),
     32: Tiling(32, 64, 128, True, 4, 3, 3),
-    64: Tiling(64, 64, 128, True, 4, 3, 2),
-    128: Tiling(128, 64, 64, False, 4, 3, 2.5),
+    64: Tiling(64, 64, 128, True, 4, 3, 3),
+    128: Tiling(128, 64, 64, True, 4, 3, 3),
 }
-SMALL = 16 << 20  # weights of fewer codes have tilings of their own
+SMALL, LARGE = 16 << 20, 32 << 20  # codes; weights of fewer, and more, have others
 SMALL_TILINGS = {
     16: Tiling(16, 32, 256, False, 4, 3, 3),
     32: Tiling(32, 32, 128, False, 4, 3, 4),
     64: Tiling(64, 32, 128, False, 4, 3, 3),
-    128: Tiling(64, 64, 128, True, 4, 3, 2),
+    128: Tiling(64, 64, 128, True, 4, 3, 3),
 }
+LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)  # above M = 128
+LARGE_SHARED = 160 << 10  # bytes of shared memory that it takes, which not all GPUs have
 
 
 def tiling_and_parts(
-    m: int, n: int, k: int, multiprocessors: int
+    m: int, n: int, k: int, multiprocessors: int, shared: int
 ) -> Tuple[Tiling, int]:
     """The tiling of a product, and into how many parts its K is split."""
     tilings = SMALL_TILINGS if n * k < SMALL else TILINGS
     tiling = next((tilings[limit] for limit in tilings if m <= limit), tilings[128])
+    if m > 128 and n * k >= LARGE and shared >= LARGE_SHARED:
+        tiling = LARGE_TILING
     tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
     # The sums of a part go through memory, which a few hundred columns of K must pay.
     least = 512 if 2 * tiles < multiprocessors else 1024
-    most = min(int(1.5 * tiling.programs * multiprocessors / tiles), k // least)
+    # A left weight takes so many registers that no more programs run at a time.
+    most = tiling.programs * (1 if tiling.weight_left else 1.5)
+    most = min(int(most * multiprocessors / tiles), k // least, MAX_PARTS)
 
     def fit(parts: int) -> Tuple[float, float]:
         """How evenly the multiprocessors are loaded, and how near to the best load."""
@@ -310,7 +347,7 @@ def tiling_and_parts(
         even = programs / triton.cdiv(programs, multiprocessors)
         return even, -abs(programs / multiprocessors - tiling.programs)
 
-    return tiling, max(range(1, max(1, min(most, MAX_PARTS)) + 1), key=fit)
+    return tiling, max(range(1, max(1, most) + 1), key=fit)
 
 
 def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -319,28 +356,34 @@ def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
     n = weight.shape[0]
     out = x.new_empty(m, n)
     weight = weight.view(torch.uint8)  # Triton has no e4m3 on SM80
-    sizes = (m, n, k, x.stride(0), weight.stride(0), scale.stride(0))
     decode = _decoder(x.device)
+    strides = weight.stride(0), scale.stride(0)
     # Each row of x reads the weight again, which while it is small costs less than a split.
     if m == 1 or (m <= 4 and m * n * k <= 12 << 20):
         bk = next((size for size in (2048, 1024) if k % size == 0), 512)
         bn = 4 if bk == 2048 else 8
         tile = (bn, bk, k % bk == 0, decode)
         _sum_kernel[(triton.cdiv(n, bn) * m,)](
-            x, weight, scale, out, *sizes, *tile, num_warps=4
+            x, weight, scale, out, m, n, k, x.stride(0), *strides, *tile, num_warps=4
         )
         return out
-    tiling, parts = tiling_and_parts(m, n, k, _multiprocessors(x.device))
+    tiling, parts = tiling_and_parts(m, n, k, *_multiprocessors(x.device))
     bm, bn, bk, weight_left, warps, stages, _ = tiling
+    if weight_left:
+        source, x = x, x.new_empty(m, triton.cdiv(k, 64) * 64)
+        _regroup_kernel[(m, triton.cdiv(k, 1024))](
+            source, x, k, x.shape[1], source.stride(0), 1024
+        )
     tiles = triton.cdiv(m, bm) * triton.cdiv(n, bn)
     partial = counters = out
     if parts > 1:
         partial = x.new_empty(tiles * parts * bm * bn, dtype=torch.float32)
         counters = _counters(x.device)
-    tile = (bm, bn, bk, weight_left, stages, k % bk == 0, decode)
+    tile = (bm, bn, bk, weight_left, warps, stages, k % bk == 0, decode)
     _dot_kernel[(tiles, parts)](
-        x, weight, scale, out, partial, counters, *sizes, *tile, num_warps=warps
-    )
+        x, weight, scale, out, partial, counters, m, n, k, x.stride(0), *strides, *tile,
+        num_warps=warps,
+    )  # fmt: skip
     return out
 
 
@@ -354,10 +397,12 @@ def decode_into(out: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) ->
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> Tuple[int, int]:
+    """How many there are, and the bytes of shared memory that a program can have."""
     if device.type != "cuda":  # interpreted
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 4, LARGE_SHARED
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 @functools.cache
