@@ -50,6 +50,7 @@ from sglang.test.mxfp8_utils import (
     load_on_cpu,
     model_runner,
     mxfp8_config,
+    server_model_config,
     mxfp8_state,
     same_bytes,
     without,
@@ -489,13 +490,7 @@ class TestDeepseekV3(TinyModelTestCase):
         with torch.device("meta"):
             model = DeepseekV3ForCausalLM(config)
         cls.tensors = list(mxfp8_state(model, cls.quantize_shape).items())
-        args = ServerArgs(
-            model_path=cls.write({}, **config.to_dict()),
-            device="cpu",
-            skip_tokenizer_init=True,
-        )
-        set_global_server_args_for_scheduler(args)
-        model_config = ModelConfig.from_server_args(args)
+        model_config = server_model_config(cls.write({}, **config.to_dict()))
         cls.check = UpdateCheck(
             functools.partial(
                 build_on_meta,
