@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 from unittest import mock
@@ -18,7 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from staging import staged_directory
 from tqdm import tqdm
-from transformers import PretrainedConfig
 
 if not torch.cuda.is_available():
     sys.path.insert(0, str(Path(__file__).resolve().parent / "cpu_stand_ins"))
@@ -54,17 +54,17 @@ QUANTIZATION = {
 }
 # Experts are one layer, and one entry of the list.
 _EXPERT = re.compile(r"(?<=\.experts)\..*")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 Headers = Dict[str, Header]
 
 
 def convert(source: Path, output: Path, ignore: Sequence[str]) -> str:
     """Put the converted checkpoint at `output`, all or nothing; returns what was done.
 
-    Raises ValueError before writing where the input or the patterns do not allow it, and
-    while converting where a weight is not finite; OSError and SafetensorError where a
-    file cannot be read or written.
+    Raises ValueError for what cannot be converted, before writing but for a weight that
+    is not finite; OSError and SafetensorError for files.
     """
-    config, _ = PretrainedConfig.get_config_dict(source)
+    config = _read_config(source)
     files = _weight_files(source)
     headers = dict(read_headers(files, use_safetensors=True))
     _refuse_quantized(source, config, headers)
@@ -76,11 +76,8 @@ def convert(source: Path, output: Path, ignore: Sequence[str]) -> str:
     with _asking_sglang(source):
         configs = _how_to_build(source, quantization)
         check = update_check_of(configs[1], build_on_meta(*configs))
-        check.files(
-            files,
-            use_safetensors=True,
-            rename=lambda named: _to_mxfp8(converted, _quantized_header, named),
-        )
+        to_mxfp8 = partial(_to_mxfp8, converted, _quantized_header)
+        check.files(files, use_safetensors=True, rename=to_mxfp8)
     with staged_directory(output) as staging:
         skipped = shutil.ignore_patterns(*NOT_COPIED)
         shutil.copytree(source, staging, ignore=skipped, dirs_exist_ok=True)
@@ -122,12 +119,10 @@ def choose(
     for layer in layers:
         weights = {name: headers[name] for name in layer.tensors & matrices}
         modules = sorted(map(module_of, weights))
-        if not weights:
-            continue
-        if wanted.has_layer(layer.path, modules) and _fits(layer, weights):
+        if weights and wanted.has_layer(layer.path, modules) and _fits(layer, weights):
             converted.update(weights)
             converted_names.update([layer.path, layer.prefix, *modules])
-        else:
+        elif weights:
             kept_names.update([layer.path, layer.prefix])
     if not converted:
         raise ValueError("no linear is left to convert, of those that can be in MXFP8")
@@ -135,9 +130,8 @@ def choose(
     kept_names.update(map(module_of, matrices - converted))
     # sglang skips every layer whose name contains an entry.
     skippable = "\n".join(converted_names)
-    return converted, sorted(
-        {_EXPERT.sub("", name) for name in kept_names if name not in skippable}
-    )
+    listed = {_EXPERT.sub("", name) for name in kept_names if name not in skippable}
+    return converted, sorted(listed)
 
 
 def _fits(layer: Layer, weights: Headers) -> bool:
@@ -151,22 +145,29 @@ def _fits(layer: Layer, weights: Headers) -> bool:
     )
 
 
+def _read_config(source: Path) -> dict:
+    try:
+        return json.loads((source / CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"{source / CONFIG} is not JSON: {error}") from error
+
+
 def _weight_files(source: Path) -> List[str]:
     files = sorted(map(str, source.glob("*.safetensors")))
-    if not files:
-        raise ValueError(f"{source} has no safetensors: save_pretrained() it as such")
     try:
-        return filter_duplicate_safetensors_files(files, str(source), INDEX)
+        files = filter_duplicate_safetensors_files(files, str(source), INDEX)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{source / INDEX} is no index: {error!r}") from error
+    if not files:
+        raise ValueError(f"{source} has no safetensors: save_pretrained() it as such")
+    return files
 
 
 def _refuse_quantized(source: Path, config: dict, headers: Headers) -> None:
     signs = [*filter(config.get, ("quantization_config", "compression_config"))]
     signs += [path.name for path in source.glob("hf_quant_config.json")]
-    for name, header in headers.items():
-        if "float8" in str(header.dtype) or "weight_scale" in name:
-            signs.append(name)
+    signs += [name for name, header in headers.items() if header.dtype in FP8]
+    signs += [name for name in headers if "weight_scale" in name]
     if signs:
         raise ValueError(f"{source} is already quantized: it has {signs[0]}")
 
