@@ -1,6 +1,5 @@
 """scripts/serve.sh as a user runs it: a real model, a real server, a real answer."""
 
-import json
 import os
 import re
 import signal
@@ -10,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoints import write_as
 
 ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "scripts" / "serve.sh"
-BF16 = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct-MXFP8"
 QUESTION = "What is the capital of Japan?"
 
 
@@ -45,13 +45,7 @@ def test_served_model_knows_the_capital_of_japan(port):
 
 @pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
 def test_other_formats_give_the_same_layers_and_answer(form, port, tmp_path):
-    model = tmp_path / form
-    convert = ROOT / "scripts" / "convert_to_mxfp8.py"
-    subprocess.run([convert, BF16, model, f"--format={form}"], check=True)
-    if form == "modelopt":  # whose older exports have hf_quant_config.json alone
-        config = json.loads((model / "config.json").read_text())
-        del config["quantization_config"]
-        (model / "config.json").write_text(json.dumps(config))
+    model = write_as(form, MODEL, tmp_path / form)
     check_answer(run(port, "--model", str(model), "--ask", QUESTION))
 
 

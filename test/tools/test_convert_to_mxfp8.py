@@ -15,12 +15,11 @@ import torch
 from checkpoints import read_config, read_tensors, same_tensors, save_tiny_llama, write
 from convert_to_mxfp8 import main
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
 from sglang.srt.layers.quantization.mxfp8 import weights
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.test.mxfp8_utils import TINY_LLAMA
+from transformers import AutoModelForCausalLM
 
 INDEX = "model.safetensors.index.json"
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj" for part in ("up", "down"))
@@ -183,6 +182,12 @@ def test_refusals(words, arguments, tensors, config, source, tmp_path, capsys):
     assert_refused(capsys, tmp_path, given, *words)
 
 
+def test_hf_quant_config(source, tmp_path, capsys):
+    path = source()
+    (path / "hf_quant_config.json").touch()
+    assert_refused(capsys, tmp_path, [path, tmp_path / "out"], "already", "hf_quant")
+
+
 def test_a_k_that_is_no_multiple_of_32_stays(tmp_path):
     save_tiny_llama(tmp_path / "in", intermediate_size=48)
     assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 0
@@ -198,23 +203,19 @@ def test_incomplete_checkpoints(source, tmp_path, capsys):
     )
     tensors = read_tensors(path)
     lost = {"lost.weight": "model-00002-of-00002.safetensors"}
+    whole = lost | dict.fromkeys(tensors, file.name)
+
+    def drop_down_proj() -> None:
+        index.unlink()
+        save_file({name: t for name, t in tensors.items() if DOWN not in name}, file)
+
     for damage, words in (
         (lambda: index.write_text("{"), f"{INDEX} is no index"),
         (lambda: index.write_text(json.dumps({"weight_map": lost})), "no safetensors"),
-        (
-            lambda: index.write_text(
-                json.dumps({"weight_map": lost | dict.fromkeys(tensors, file.name)})
-            ),
-            "is not there",
-        ),
-        (
-            lambda: (index.unlink(), tensors.pop(f"{DOWN}.weight"))
-            and save_file(tensors, file),
-            "does not fill the model",
-        ),
+        (lambda: index.write_text(json.dumps({"weight_map": whole})), "is not there"),
+        (drop_down_proj, "does not fill the model"),
         (lambda: file.write_bytes(file.read_bytes()[:-7]), "cannot be read"),
         (lambda: file.rename(path / "model.pt"), "has no safetensors"),
-        (lambda: (path / "hf_quant_config.json").touch(), "has no safetensors"),
         (lambda: config.write_text("{"), "config.json is not JSON"),
         (config.unlink, "config.json"),
     ):

@@ -4,16 +4,15 @@ Their names are not sglang's: modules are renamed while they load, fused, or bui
 a name (SmolLM3, which runs on the Transformers backend).
 """
 
-import json
+import functools
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from checkpoints import read_json, write_as
+from checkpoints import read_config, read_tensors, write, write_as
 from convert_to_mxfp8 import main
-from safetensors.torch import load_file, save_file
-
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.names import kv_caches
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
@@ -101,6 +100,7 @@ MODELS = {
     "gpt_oss": (GPT_OSS, 0),
     "gpt2": (GPT, 0),
 }
+DIRECTORY = tempfile.TemporaryDirectory()
 SERVED = [kind for kind, (_, linears) in MODELS.items() if linears]
 # What stays in bf16: the text's second layer, and what sglang does not have in MXFP8.
 IGNORED = {
@@ -118,47 +118,30 @@ def server_like():
         yield
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """`make` once of each kind of model, in a directory of its own."""
-    paths = {}
-
-    def get(make, kind: str) -> Path:
-        if (make, kind) not in paths:
-            paths[make, kind] = tmp_path_factory.mktemp(make.__name__) / kind
-            make(kind, paths[make, kind])
-        return paths[make, kind]
-
-    return get
-
-
-@pytest.fixture(scope="module")
-def saved(made):
+@functools.cache
+def saved(kind: str) -> Path:
     """A tiny random model of this kind."""
-
-    def save(kind: str, path: Path) -> None:
-        config = transformers.AutoConfig.for_model(kind, **MODELS[kind][0])
-        auto = transformers.AutoModelForCausalLM
-        if hasattr(config, "vision_config"):
-            auto = transformers.AutoModelForImageTextToText
-        auto.from_config(config).bfloat16().save_pretrained(path)
-
-    return lambda kind: made(save, kind)
+    path = Path(DIRECTORY.name) / kind
+    config = transformers.AutoConfig.for_model(kind, **MODELS[kind][0])
+    auto = transformers.AutoModelForCausalLM
+    if hasattr(config, "vision_config"):
+        auto = transformers.AutoModelForImageTextToText
+    auto.from_config(config).bfloat16().save_pretrained(path)
+    return path
 
 
-@pytest.fixture(scope="module")
-def converted(made, saved):
-    def convert(kind: str, path: Path) -> None:
-        patterns = IGNORED.get(kind, ["*layers.1.*"])
-        ignored = [f"--ignore={pattern}" for pattern in patterns]
-        assert main([str(saved(kind)), str(path), *ignored]) == 0
-
-    return lambda kind: made(convert, kind)
+@functools.cache
+def converted(kind: str) -> Path:
+    path = Path(DIRECTORY.name) / f"{kind}-MXFP8"
+    patterns = IGNORED.get(kind, ["*layers.1.*"])
+    ignored = [f"--ignore={pattern}" for pattern in patterns]
+    assert main([str(saved(kind)), str(path), *ignored]) == 0
+    return path
 
 
 @pytest.mark.parametrize("form", ["sglang", "modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("kind", SERVED)
-def test_what_is_converted_is_what_is_loaded(kind, form, saved, converted, tmp_path):
+def test_what_is_converted_is_what_is_loaded(kind, form, tmp_path):
     """Each layer holds what sglang makes of the bf16 model, to MXFP8's precision."""
     path = converted(kind)
     if form != "sglang":
@@ -181,7 +164,7 @@ WITHOUT_CACHE_SCALES = ("qwen3_next", "gpt_bigcode")
 
 
 @pytest.mark.parametrize("kind", [k for k in SERVED if k not in WITHOUT_CACHE_SCALES])
-def test_scales_of_an_fp8_cache_are_used(kind, converted, tmp_path):
+def test_scales_of_an_fp8_cache_are_used(kind, tmp_path):
     output = with_cache_scales(converted(kind), tmp_path / "out")
     model = load_on_cpu(str(output))
     caches = [c for n, c in kv_caches(model).items() if "vision" not in n]
@@ -191,10 +174,9 @@ def test_scales_of_an_fp8_cache_are_used(kind, converted, tmp_path):
         assert (cache.k_scale_float, cache.v_scale_float) == (0.25, 0.5)
 
     # An update, by the same names.
-    tensors = load_file(output / "model.safetensors")
-    name, tensor = next(
-        x for x in tensors.items() if x[0].endswith(("k_scale", "v_scale"))
-    )
+    tensors = read_tensors(output)
+    name = next(name for name in tensors if name.endswith(("k_scale", "v_scale")))
+    tensor = tensors[name]
     model.load_weights([(name, tensor * 4)])
     assert {cache.k_scale_float for cache in caches} == {0.25, 1.0}
     with pytest.raises(ValueError, match=f"{name} is -1.0: a scale is a positive"):
@@ -207,7 +189,7 @@ def test_scales_of_an_fp8_cache_are_used(kind, converted, tmp_path):
 def with_cache_scales(source: Path, output: Path) -> Path:
     """The checkpoint with scales of a cache, 0.25 and 0.5, as ModelOpt names them; of a
     fused projection, and in the second layer, as compressed-tensors does."""
-    tensors = load_file(source / "model.safetensors")
+    tensors = read_tensors(source)
     for name in list(tensors):
         attention, dot, last = name.partition(".self_attn.")
         if last in ("k_proj.weight", "qkv_proj.weight") and "vision" not in name:
@@ -216,41 +198,27 @@ def with_cache_scales(source: Path, output: Path) -> Path:
                 middle = "" if plain else f"{part}_proj."
                 scale_name = f"{attention}{dot}{middle}{part}_scale"
                 tensors[scale_name] = torch.tensor(scale)
-    return with_tensors(source, output, tensors)
+    return write(output, tensors, read_config(source))
 
 
-def with_tensors(source: Path, output: Path, tensors: dict, kept=None) -> Path:
-    """The checkpoint with other tensors, and another list of what is not in MXFP8."""
-    output.mkdir()
-    config = read_json(source / "config.json")
-    if kept is not None:
-        config["quantization_config"]["modules_to_not_convert"] = kept
-    (output / "config.json").write_text(json.dumps(config))
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    return output
-
-
-def test_a_weight_that_is_rearranged_without_its_scale_is_refused(converted, tmp_path):
+def test_a_weight_that_is_rearranged_without_its_scale_is_refused(tmp_path):
     """Llama 4 permutes the rows of q and k, by the names of their weights."""
     source = converted("llama4")
-    tensors = load_file(source / "model.safetensors")
+    tensors, config = read_tensors(source), read_config(source)
     layer = "language_model.model.layers.0.self_attn"
-    names = [f"{layer}.{part}_proj" for part in "qkv"]
-    for name in names:
-        quantized = quantize(tensors[f"{name}.weight"])
-        tensors[f"{name}.weight"], tensors[f"{name}.weight_scale_inv"] = quantized
-    config = read_json(source / "config.json")["quantization_config"]
-    moved = (*names, f"{layer}.qkv_proj")
-    kept = [n for n in config["modules_to_not_convert"] if not n.endswith(moved)]
-    path = with_tensors(source, tmp_path / "out", tensors, kept)
+    for name in [f"{layer}.{part}_proj.weight" for part in "qkv"]:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensors[name])
+    kept = config["quantization_config"]["modules_to_not_convert"]
+    kept[:] = [name for name in kept if layer not in name]
+    path = write(tmp_path / "out", tensors, config)
     with pytest.raises(ValueError, match=rf"rearranges {layer}.[qk]_proj.weight as it"):
         load_on_cpu(str(path))
 
 
-def test_experts_are_converted_with_the_rest(saved, tmp_path):
+def test_experts_are_converted_with_the_rest(tmp_path):
     output = tmp_path / "out"
     assert main([str(saved("qwen3_moe")), str(output)]) == 0
-    config = read_json(output / "config.json")["quantization_config"]
+    config = read_config(output)["quantization_config"]
     gates = [f"model.layers.{i}.mlp.gate" for i in range(2)]
     expected = ["lm_head", "model.embed_tokens", *gates]
     assert config["modules_to_not_convert"] == expected
@@ -269,6 +237,6 @@ def test_experts_are_converted_with_the_rest(saved, tmp_path):
         ("gpt_bigcode", [], "c_attn.weight_scale_inv (shard q) is [128, 4], got"),
     ],
 )
-def test_refusals(kind, ignored, words, saved, tmp_path, capsys):
+def test_refusals(kind, ignored, words, tmp_path, capsys):
     assert main([str(saved(kind)), str(tmp_path / "out"), *ignored]) == 2
     assert words in capsys.readouterr().err
