@@ -1,6 +1,7 @@
 """MXFP8 linear layers of a real sglang: selection, loading, one copy, forward, refusals."""
 
 import time
+import types
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
@@ -296,7 +297,7 @@ class TestLayerLife(MXFP8TestCase):
         self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
 
     def test_mxfp8_quantizes_without_triton_kernels(self):
-        """On a GPU that is said once, and tried once."""
+        """On a GPU that is said once, and tried once; also where it is for another Triton."""
 
         class OnAGpu(torch.Tensor):
             is_cuda = True
@@ -304,16 +305,19 @@ class TestLayerLife(MXFP8TestCase):
         plain = torch.randn(4, 64).bfloat16()
         on_a_gpu = plain.as_subclass(OnAGpu)
         self.addCleanup(fp8_utils._triton_downcast.cache_clear)
-        fp8_utils._triton_downcast.cache_clear()
-        with mock.patch.dict("sys.modules", {"triton_kernels": None}):
-            with self.assertLogs(fp8_utils.logger, "WARNING") as logs:
-                for x in (plain, on_a_gpu, on_a_gpu):
-                    values, scale = fp8_utils.mxfp8_group_quantize(x)
-                    self.assertTrue(same_bytes(values, quantize(plain)[0]))
-                    self.assertTrue(same_bytes(scale, quantize(plain)[1]))
-        self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
-        self.assertEqual(len(logs.output), 1)
-        self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
+        other = types.ModuleType("triton_kernels")
+        other.__getattr__ = mock.Mock(side_effect=RuntimeError("another Triton"))
+        for found in None, other:
+            fp8_utils._triton_downcast.cache_clear()
+            with mock.patch.dict("sys.modules", {"triton_kernels": found}):
+                with self.assertLogs(fp8_utils.logger, "WARNING") as logs:
+                    for x in (plain, on_a_gpu, on_a_gpu):
+                        values, scale = fp8_utils.mxfp8_group_quantize(x)
+                        self.assertTrue(same_bytes(values, quantize(plain)[0]))
+                        self.assertTrue(same_bytes(scale, quantize(plain)[1]))
+            self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
+            self.assertEqual(len(logs.output), 1)
+            self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
 
 
 def kernel_form(layer) -> torch.Tensor:
