@@ -18,6 +18,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.formats import SCALE
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
@@ -33,7 +34,6 @@ from sglang.srt.layers.quantization.mxfp8.numerics import (
     GROUP_SIZE,
     dequantize,
     quantize,
-    refuse_non_finite,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearChoice
 
