@@ -9,6 +9,7 @@ identity, class, shape and address in both forms.
 """
 
 import threading
+import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -73,9 +74,10 @@ class HalfMoved(RuntimeError):
     and CUDA graphs read them past every Python object that could refuse."""
 
 
-def refuse_half_moved() -> None:
-    """Raise HalfMoved for good, once a layer of this process was left so."""
+def refuse_half_moved(grace: float = 0.0) -> None:
+    """Raise HalfMoved for good, `grace` seconds after a layer of this process was left so."""
     if _half_moved is not None:
+        time.sleep(grace)
         raise HalfMoved(_half_moved)
 
 
