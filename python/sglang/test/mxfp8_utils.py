@@ -1,4 +1,7 @@
-"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
+"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references.
+
+Imports within a function are of what sglang 0.5.23 lacks.
+"""
 
 import contextlib
 import functools
@@ -30,16 +33,10 @@ from sglang.srt.layers.dp_attention import initialize_dp_attention
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8 import weights
-from sglang.srt.layers.quantization.mxfp8.lifecycle import (
-    check_mxfp8_disk_update,
-    load_served_model,
-    mxfp8_checkpoint_form,
-)
+from sglang.srt.layers.quantization.mxfp8 import numerics
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader.loader import get_model_loader
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.test_utils import (
     DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
@@ -106,7 +103,7 @@ def run_with_kernel(test: CustomTestCase, module: str, script: str, **env: str) 
     script = f"import {module} as kernel\n" + textwrap.dedent(script)
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(weights.__file__), **env},
+        env={**os.environ, "PYTHONPATH": os.path.dirname(numerics.__file__), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -219,6 +216,9 @@ def load_on_cpu(
     """Load a model in this process as a CPU server's runner does; `load_config` is
     LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
     """
+    from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
     args = ServerArgs(
         model_path=path,
         device="cpu",
@@ -271,6 +271,8 @@ def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
 
 def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
     """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    from sglang.srt.layers.quantization.mxfp8 import weights
+
     weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
 
 
@@ -296,6 +298,9 @@ class TinyModelTestCase(CustomTestCase):
 
     def assert_serves(self, model: torch.nn.Module, tensors: dict) -> None:
         """The MXFP8 layers multiply by `tensors`; the model gives them all back as bytes."""
+        from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+        from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
         for own in mxfp8_weights_of(model):
@@ -327,10 +332,12 @@ class TinyModelTestCase(CustomTestCase):
 
     def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
         """Why `model` is not updated from `path`; "" if it may be."""
+        from sglang.srt.layers.quantization.mxfp8 import lifecycle
+
         config = SimpleNamespace(
             model_path=path, revision=None, quantization="mxfp8", hf_config=None
         )
-        refusal = check_mxfp8_disk_update(
+        refusal = lifecycle.check_mxfp8_disk_update(
             model, config, get_model_loader, path, load_format, **kwargs
         )
         return refusal or ""
