@@ -371,12 +371,14 @@ class TestCalls(CustomTestCase):
 @contextlib.contextmanager
 def flashinfer_is(mxfp8_quantize, mm_mxfp8):
     """As on a GPU that has FlashInfer's kernels, with these in their place."""
-    fp8_utils._kernels.cache_clear()
     with mock.patch.multiple(
         flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
     ), mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""):
-        yield
-    fp8_utils._kernels.cache_clear()
+        fp8_utils._kernels.cache_clear()
+        try:
+            yield
+        finally:
+            fp8_utils._kernels.cache_clear()
 
 
 class TestAutotuning(CustomTestCase):

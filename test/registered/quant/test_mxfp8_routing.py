@@ -1,26 +1,19 @@
-"""Which kernel runs an MXFP8 linear layer, and that each one computes it at the edges."""
+"""Which kernel runs an MXFP8 linear layer: flags, machines, shapes, settings, tables."""
 
 import contextlib
-import functools
 import json
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
-import flashinfer
 import torch
-from flashinfer.autotuner import AutoTuner, autotune
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
-from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import emulation, routing
-from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8 import routing
 from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
-from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     CONFIG_DIR,
@@ -39,14 +32,12 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
-    init_single_process_parallel_state,
     mxfp8_config,
-    random_mxfp8,
-    reference_linear,
+    mxfp8_linear,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="default")
+register_cpu_ci(est_time=15, suite="default")
 
 ALL = (TRTLLM, CUTLASS, TRITON)
 
@@ -66,12 +57,6 @@ def machine(capability=None, flashinfer="0.6.7.post3", emulation=False):
             yield
 
 
-def load_unchecked(loader):
-    """A model of no model class, so that there is no copy to check updates with."""
-    with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-        return load_served_model(loader, None, None)
-
-
 class TestResolve(CustomTestCase):
     def test_auto_is_the_first_that_runs(self):
         for capability, found, expected in (
@@ -89,9 +74,12 @@ class TestResolve(CustomTestCase):
                 with machine(capability, found):
                     options = resolve_mxfp8_linear_backend("auto")
                     self.assertEqual(options.preferred, expected)
-                    self.assertTrue(options.is_auto)
         with machine(emulation=True):
-            self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRTLLM)
+            for flag in "auto", "flashinfer_trtllm":
+                options = resolve_mxfp8_linear_backend(flag)
+                self.assertEqual(options.preferred, TRTLLM)
+                # An explicit flag leaves a table no choice.
+                self.assertEqual(options.is_auto, flag == "auto")
         with machine((9, 0)):
             self.assertEqual(
                 resolve_mxfp8_linear_backend("triton").preferred, WEIGHT_ONLY
@@ -253,60 +241,74 @@ class TestSelect(CustomTestCase):
 class TestSettings(CustomTestCase):
     """Environment variables, through the real linear method and the summary line."""
 
-    def model(self, backend="flashinfer_trtllm", **environment):
+    def log(self, *shapes, **environment) -> str:
+        """What a server of such layers logs at start."""
         with contextlib.ExitStack() as stack:
             for name, value in environment.items():
                 stack.enter_context(getattr(envs, name).override(value))
-            layers = [build(*shape, backend) for shape in ((256, 512), (384, 512))]
-        model = torch.nn.ModuleList(layers)
+            model = torch.nn.ModuleList(mxfp8_linear(*shape) for shape in shapes)
         model.load_weights = lambda _: None
         loader = mock.Mock(load_config=LoadConfig())
         loader.load_model.return_value = model
-        with self.assertLogs("sglang", "INFO") as logs:
-            load_unchecked(loader)
-        return [layer.mxfp8_weights.choice for layer in layers], "\n".join(logs.output)
+        # It has no model class, so there is no copy to check updates with.
+        unchecked = envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True)
+        with unchecked, self.assertLogs("sglang", "INFO") as logs:
+            load_served_model(loader, None, None)
+        return "\n".join(logs.output)
 
-    def test_the_defaults(self):
-        (first, second), log = self.model()
-        self.assertEqual(first, second)
-        self.assertIn(
-            "MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
-            "(0 [256, 512], 1 [384, 512])",
-            log,
-        )
-        self.assertNotIn("matches", log)
-
-    def test_a_forced_backend(self):
-        for backend in "flashinfer_cutlass", "weight_only":
-            pattern = f"m.proj = {backend}, nothing=weight_only"
-            choices, log = self.model(SGLANG_MXFP8_LINEAR_BACKEND=pattern)
-            self.assertEqual({c.backend.value for c in choices}, {backend})
-            self.assertIn(f"2 on {backend} ", log)
-            self.assertIn(
-                f"since SGLANG_MXFP8_LINEAR_BACKEND has m.proj={backend}", log
-            )
-            self.assertRegex(log, "no MXFP8 layer of this model matches nothing")
-
-    def test_a_forced_layout(self):
-        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="8x4")
-        self.assertEqual({c.max_m_8x4 for c in choices}, {ANY_M})
-        self.assertIn("flashinfer_trtllm, 8x4 scales (", log)
-        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="128x4")
-        self.assertEqual({c.max_m_8x4 for c in choices}, {0})
-        self.assertIn("flashinfer_trtllm, 128x4 scales (", log)
-
-    def test_an_explicit_flag_leaves_a_table_no_choice(self):
-        for flag in "flashinfer_trtllm", "flashinfer_cutlass", "auto":
-            with machine(emulation=True):
-                options = resolve_mxfp8_linear_backend(flag)
-            self.assertEqual(options.is_auto, flag == "auto")
+    def test_the_log_says_what_runs_where_and_why(self):
+        two = (256, 512), (384, 512)
+        forced = "m.proj = flashinfer_cutlass, nothing=weight_only"
+        for environment, shapes, *lines in (
+            (
+                {},
+                two,
+                r"MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
+                r"\(0 \[256, 512\], 1 \[384, 512\]\)$",
+                "emulated in torch",
+            ),
+            (
+                {},
+                ((576, 1536), (960, 576), (40, 576)),
+                r"1 on flashinfer_trtllm, 128x4 scales \(0 \[576, 1536\]\); ",
+                r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not",
+                r"weight_only \(2 .*smaller than 128",
+            ),
+            (
+                dict(SGLANG_MXFP8_LINEAR_BACKEND=forced),
+                two,
+                r"2 on flashinfer_cutlass .* since SGLANG_MXFP8_LINEAR_BACKEND has "
+                "m.proj=flashinfer_cutlass",
+                "no MXFP8 layer of this model matches nothing",
+            ),
+            (
+                dict(SGLANG_MXFP8_LINEAR_BACKEND="proj=weight_only"),
+                two,
+                r"2 on weight_only \(",
+            ),
+            (
+                dict(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="8x4"),
+                two,
+                r"2 on flashinfer_trtllm, 8x4 scales \(",
+            ),
+            (
+                dict(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="128x4"),
+                two,
+                r"2 on flashinfer_trtllm, 128x4 scales \(",
+            ),
+        ):
+            with self.subTest(environment, shapes=shapes):
+                log = self.log(*shapes, **environment)
+                for line in lines:
+                    self.assertRegex(log, f"(?m){line}")
+                self.assertEqual("matches" in log, "nothing" in lines[-1])
 
     def test_a_k_that_is_no_mxfp8_is_refused_at_load(self):
         for n, k in (256, 144), (256, 400), (40, 72):
             with self.assertRaisesRegex(
                 ValueError, rf"m.proj \[{n}, {k}\].*K % 32.*modules_to_not_convert"
             ):
-                build(n, k, "flashinfer_trtllm")
+                mxfp8_linear(n, k)
 
     def test_flashinfer_switched_off_is_missing(self):
         with machine((10, 0)), mock.patch.object(
@@ -322,19 +324,14 @@ class TestSettings(CustomTestCase):
 
 
 class TestTable(CustomTestCase):
-    LAYERS = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
-
     def read(self, text: str):
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, config_file("Some GPU")).write_text(text)
             return tuned_layers(directory, "Some GPU", "0.6.7")
 
     def table(self, **changes) -> str:
-        table = {
-            "device_name": "Some GPU",
-            "flashinfer": "0.6.7",
-            "layers": self.LAYERS,
-        }
+        shape = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
+        table = dict(device_name="Some GPU", flashinfer="0.6.7", layers=shape)
         return json.dumps({**table, **changes})
 
     def test_a_table_is_read(self):
@@ -348,6 +345,14 @@ class TestTable(CustomTestCase):
         self.assertIn("SGLANG_MXFP8_CONFIG_DIR has no /no/such", logs.output[0])
 
     def test_a_wrong_or_stale_one_is_ignored_with_a_warning(self):
+        layers = (
+            ("2560x8192", {"max_m_8x4": 1}, "is not N="),
+            ("N=1,K=2", {"max_m_8x4": True}, "max_m_8x4 is True"),
+            ("N=1,K=2", {"max_m_8x4": -1}, "max_m_8x4 is -1"),
+            ("N=1,K=2", {"m": 1}, "unexpected keyword"),
+            ("N=1,K=2", {"max_m_8x4": 1, "backend": "x"}, "not a valid"),
+            ("N=1,K=2", {"max_m_8x4": 1, "backend": "weight_only"}, "backend is 'w"),
+        )
         for text, reason in (
             ("{", "Expecting"),
             ("[]", "no attribute"),
@@ -355,20 +360,7 @@ class TestTable(CustomTestCase):
             (self.table(device_name="Another"), "for device_name 'Another'"),
             (self.table(flashinfer="0.6.6"), "for flashinfer '0.6.6', this is '0.6.7'"),
             (self.table(rehearsal=True), "rehearsal"),
-            (self.table(layers={"2560x8192": {"max_m_8x4": 1}}), "is not N="),
-            (self.table(layers={"N=1,K=2": {"max_m_8x4": True}}), "max_m_8x4 is True"),
-            (self.table(layers={"N=1,K=2": {"max_m_8x4": -1}}), "max_m_8x4 is -1"),
-            (self.table(layers={"N=1,K=2": {"m": 1}}), "unexpected keyword"),
-            (
-                self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "x"}}),
-                "not a valid",
-            ),
-            (
-                self.table(
-                    layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "weight_only"}}
-                ),
-                "backend is 'weight_only'",
-            ),
+            *((self.table(layers={shape: row}), why) for shape, row, why in layers),
             ("[" * 100_000, "recursion"),
         ):
             with self.subTest(reason), self.assertLogs("sglang", "WARNING") as logs:
@@ -378,14 +370,15 @@ class TestTable(CustomTestCase):
             )
 
     def test_a_layer_uses_the_table_of_this_machine(self):
-        layers = {"N=256,K=512": {"max_m_8x4": 3}}
         text = self.table(
-            device_name="cpu", flashinfer=flashinfer_version(), layers=layers
+            device_name="cpu",
+            flashinfer=flashinfer_version(),
+            layers={"N=256,K=512": {"max_m_8x4": 3}},
         )
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, config_file("cpu")).write_text(text)
             with envs.SGLANG_MXFP8_CONFIG_DIR.override(directory):
-                layer = build(256, 512, "flashinfer_trtllm")
+                layer = mxfp8_linear(256, 512)
         self.assertEqual(layer.mxfp8_weights.choice.max_m_8x4, 3)
 
 
