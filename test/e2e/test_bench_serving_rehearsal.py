@@ -96,12 +96,12 @@ def check_files(results: Path) -> None:
         assert log.read_text().startswith("REHEARSAL")
     checked = (results / "self_check.txt").read_text()
     assert checked.startswith("REHEARSAL") and "WRONG" not in checked
-    assert re.search(r"flashinfer_trtllm, 8x4 +\[640, 512\] +128", checked)
+    assert re.search(r"flashinfer_trtllm +\[640, 512\] +128 8x4", checked)
     environment = (results / "environment.json").read_text()
     assert json.loads(environment)["rehearse"]
     for private in (str(results), str(SCRIPT.parents[1]), str(Path.home())):
         assert private not in environment
     report = (results / "report.md").read_text()
     assert report.startswith("REHEARSAL")
-    assert "\n- flashinfer_trtllm_8x4: 2 on flashinfer_trtllm, 8x4 scales" in report
+    assert "\n- flashinfer_trtllm_8x4: 4 on flashinfer_trtllm, 8x4 scales" in report
     assert len(list((results / "plots").glob("*.png"))) == 3
