@@ -40,7 +40,8 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_mxfp8_tensors_directly,
 )
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.numerics import quantize, refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer

@@ -19,13 +19,13 @@ from sglang.srt.distributed import get_pp_group, get_tp_group
 from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
-from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import read_index, reads_files
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
+    with_mxfp8_names,
 )
-from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     Mxfp8LinearChoice,

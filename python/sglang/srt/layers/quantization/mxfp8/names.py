@@ -14,13 +14,14 @@ from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tupl
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8.formats import bare_name, with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.formats import bare_name
 from sglang.srt.layers.quantization.mxfp8.headers import read_headers, reads_files
 from sglang.srt.layers.quantization.mxfp8.meta import (
     Probe,
     build_on_meta,
     on_meta_device,
 )
+from sglang.srt.layers.quantization.mxfp8.weights import SCALE
 from sglang.srt.server_args import get_global_server_args
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 Weights = Iterable[Tuple[str, torch.Tensor]]
 Shapes = Dict[str, Tuple[int, ...]]
 
+# What the parameter is called in checkpoints of ModelOpt and compressed-tensors.
+OTHER_SCALE = "weight_scale"
 _KV_SCALE = re.compile(
     r"\.(?:(?P<kind>k|v|kv)_scale|(?P<quark>k|v)_proj\.output_scale)$"
 )
@@ -319,6 +322,13 @@ def takes_mxfp8_names(get_model_loader: Callable) -> Callable:
         return initialize
 
     return decorate
+
+
+def with_mxfp8_names(weights: Weights) -> Weights:
+    """Checkpoint tensors by the names that sglang's MXFP8 loaders know."""
+    for name, tensor in weights:
+        layer, dot, last = name.rpartition(".")
+        yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor
 
 
 def _by_name(model: torch.nn.Module) -> Callable:

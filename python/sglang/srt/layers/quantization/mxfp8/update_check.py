@@ -26,16 +26,20 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     note_taken,
     shorten,
 )
-from sglang.srt.layers.quantization.mxfp8.formats import (
-    OTHER_SCALE,
-    SCALE,
-    with_mxfp8_names,
-)
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
-from sglang.srt.layers.quantization.mxfp8.names import IS_SCALE, refuse_bad_kv_scales
-from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, name_mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8.names import (
+    IS_SCALE,
+    OTHER_SCALE,
+    refuse_bad_kv_scales,
+    with_mxfp8_names,
+)
+from sglang.srt.layers.quantization.mxfp8.weights import (
+    SCALE,
+    WEIGHT,
+    name_mxfp8_weights,
+)
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 

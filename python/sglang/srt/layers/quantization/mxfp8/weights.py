@@ -19,7 +19,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from sglang.srt.layers.quantization.mxfp8.formats import SCALE
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
     shuffle_rows_,
@@ -34,11 +34,10 @@ from sglang.srt.layers.quantization.mxfp8.numerics import (
     GROUP_SIZE,
     dequantize,
     quantize,
-    refuse_non_finite,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearChoice
 
-WEIGHT = "weight"
+WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
 _SAME_BYTES = {
     torch.float8_e4m3fn: (torch.uint8,),
