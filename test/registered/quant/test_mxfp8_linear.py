@@ -235,13 +235,16 @@ def on_every_backend(test):
 
     @functools.wraps(test)
     def run(self):
-        with mock.patch.object(
-            fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
-        ), mock.patch.multiple(
-            routing,
-            is_cuda=lambda: True,
-            is_sm100_supported=lambda: True,
-            get_device_capability=lambda: (12, 0),
+        with (
+            mock.patch.object(
+                fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
+            ),
+            mock.patch.multiple(
+                routing,
+                is_cuda=lambda: True,
+                is_sm100_supported=lambda: True,
+                get_device_capability=lambda: (12, 0),
+            ),
         ):
             for backend, n, k, dtype in CASES:
                 flag = "flashinfer_trtllm" if backend == WEIGHT_ONLY else backend.value
@@ -323,9 +326,12 @@ class TestCalls(CustomTestCase):
         for n, k, up_to in (256, 512, 128), (160, 768, 0), (2688, 256, 0):
             layer, _, _ = loaded_mxfp8_linear(n, k)
             for m in (1, 128, 129):
-                with self.subTest(n=n, m=m), mock.patch.object(
-                    emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
-                ) as gemm:
+                with (
+                    self.subTest(n=n, m=m),
+                    mock.patch.object(
+                        emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
+                    ) as gemm,
+                ):
                     fp8_utils._kernels.cache_clear()
                     layer(torch.randn(m, k).bfloat16())
                     use_8x4 = gemm.call_args.kwargs["use_8x4_sf_layout"]
@@ -377,9 +383,12 @@ class TestCalls(CustomTestCase):
 @contextlib.contextmanager
 def flashinfer_is(mxfp8_quantize, mm_mxfp8):
     """As on a GPU that has FlashInfer's kernels, with these in their place."""
-    with mock.patch.multiple(
-        flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
-    ), mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""):
+    with (
+        mock.patch.multiple(
+            flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
+        ),
+        mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""),
+    ):
         fp8_utils._kernels.cache_clear()
         try:
             yield
