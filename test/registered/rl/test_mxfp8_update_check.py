@@ -34,13 +34,13 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     note_taken,
     run_weight_update,
 )
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
     load_mxfp8_tensors_directly,
 )
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -163,7 +163,11 @@ class TestWhole(TinyModelTestCase):
         self.assert_refused(self.write({**self.b, **both}), reason)
         with self.refused(self.model, reason):
             self.model.load_weights([*self.b.items(), *both.items()])
-        others = "model.mtp.fc.weight_scale", "logit_scale", "model.layers.2.k_scale_inv"
+        others = (
+            "model.mtp.fc.weight_scale",
+            "logit_scale",
+            "model.layers.2.k_scale_inv",
+        )
         path = self.write({**self.b, **{name: scale.clone() for name in others}})
         self.assertEqual(self.refusal_of(self.model, path), "")
 
