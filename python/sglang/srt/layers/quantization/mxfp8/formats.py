@@ -340,7 +340,7 @@ _READERS = {
 
 
 def has_patterns(entries: Iterable[str]) -> bool:
-    return any(_split(entry)[0] for entry in entries)
+    return any(entry.startswith((_UNLESS, "glob:", "re:")) for entry in entries)
 
 
 def map_names(

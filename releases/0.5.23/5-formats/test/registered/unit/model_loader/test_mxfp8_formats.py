@@ -7,12 +7,18 @@ from tempfile import TemporaryDirectory
 from unittest import mock
 
 import torch
+from compressed_tensors import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    preset_name_to_scheme,
+)
 from safetensors.torch import save_file
-
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
+from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 from sglang.srt.models.utils import WeightsMapper
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -55,45 +61,28 @@ SIDECAR = {
         "exclude_modules": MODELOPT["ignore"],
     },
 }
-# compressed-tensors 0.15, its preset "MXFP8".
-SCHEME = {
-    "actorder": None,
-    "block_structure": None,
-    "dynamic": False,
-    "group_size": 32,
-    "num_bits": 8,
-    "observer": "memoryless_minmax",
-    "observer_kwargs": {},
-    "scale_dtype": "torch.uint8",
-    "strategy": "group",
-    "symmetric": True,
-    "type": "float",
-    "zp_dtype": None,
+OWN = {
+    "quant_method": "mxfp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [1, 32],
+    "scale_fmt": "ue8m0",
+    "modules_to_not_convert": ["mlp.gate", "*.0.self_attn.*"],
 }
-GROUP = {
-    "format": "mxfp8-quantized",
-    "input_activations": {**SCHEME, "dynamic": True, "observer": None},
-    "output_activations": None,
-    "targets": ["Linear"],
-    "weights": SCHEME,
-}
-W8A16 = {**GROUP, "input_activations": None}
 
 
-def compressed(group=GROUP, ignore=("lm_head",), **changes) -> dict:
-    return {
-        "config_groups": {"group_0": group},
-        "format": "mxfp8-quantized",
-        "global_compression_ratio": None,
-        "ignore": list(ignore),
-        "kv_cache_scheme": None,
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
-        "sparsity_config": {},
-        "transform_config": {},
-        "version": "0.15.0",
-        **changes,
-    }
+def group(preset="MXFP8", targets=("Linear",)) -> dict:
+    return json.loads(preset_name_to_scheme(preset, list(targets)).model_dump_json())
+
+
+def compressed(group=group(), ignore=("lm_head",), **changes) -> dict:
+    """As compressed-tensors writes it."""
+    config = QuantizationConfig(
+        config_groups={"group_0": group},
+        format=CompressionFormat.mxfp8_quantized.value,
+        quantization_status="compressed",
+        ignore=list(ignore),
+    )
+    return {**json.loads(config.model_dump_json()), **changes}
 
 
 def mixed(*algorithms: str) -> dict:
@@ -172,8 +161,8 @@ class TestMxfp8Formats(CustomTestCase):
                 self.assert_loads(flag)
 
     def test_globs(self):
-        for config, sidecar in ((MODELOPT, None), (None, SIDECAR)):
-            with self.subTest(alone=sidecar is not None):
+        for config, sidecar in ((MODELOPT, None), (None, SIDECAR), (OWN, None)):
+            with self.subTest(config=config):
                 self.write(config, sidecar, bf16=LINEARS[:4])
                 self.assert_loads()
 
@@ -185,8 +174,8 @@ class TestMxfp8Formats(CustomTestCase):
             (compressed(), [], None, "compressed-tensors", "mxfp8"),
             (compressed(ignore=["lm_head", "re:.*self_attn.*"]), attention, None),
             (compressed(ignore=["lm_head", *LINEARS[:4]]), LINEARS[:4], None),
-            (compressed({**GROUP, "targets": targets}), LINEARS[4:7], None),
-            (compressed(W8A16), [], "mxfp8"),
+            (compressed(group(targets=targets)), LINEARS[4:7], None),
+            (compressed(group("MXFP8A16")), [], "mxfp8"),
         ):
             self.write(config, bf16=bf16)
             for flag in flags:
@@ -194,18 +183,18 @@ class TestMxfp8Formats(CustomTestCase):
                     self.assert_loads(flag)
 
     def test_an_fp8_cache_is_told(self):
-        scheme = {**SCHEME, "strategy": "tensor", "group_size": None}
+        scheme = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
+        scheme = json.loads(scheme.model_dump_json())
         self.write(compressed(kv_cache_scheme=scheme))
         told = self.config().hf_config.quantization_config
         self.assertEqual(Fp8Config.from_config(told).kv_cache_quant_algo, "FP8")
 
     def test_what_is_not_served_is_refused_by_name(self):
-        int8 = {**GROUP, "weights": {**SCHEME, "type": "int"}, "targets": ["re:.*mlp"]}
-        two = {"group_0": GROUP, "other": int8}
+        two = {"group_0": group(), "other": group("W8A8", ["re:.*mlp"])}
         auto_round = {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 8}
         of_two = mixed("FP8", "MXFP8")
         for reason, config, sidecar in (
-            ("W8A16 .*--quantization mxfp8", compressed(W8A16), None),
+            ("W8A16 .*--quantization mxfp8", compressed(group("MXFP8A16")), None),
             (r"other formats \(other\)", compressed(config_groups=two), None),
             ("transform_config", compressed(transform_config={"u": {}}), None),
             ("AutoRound's MXFP8", auto_round, None),
@@ -223,6 +212,11 @@ class TestMxfp8Formats(CustomTestCase):
         self.write({**MODELOPT, "ignore": ["model.layers.1.self_attn.k*"]})
         with self.assertRaisesRegex(ValueError, "k_proj not: quantize all or none"):
             self.assert_loads()
+
+    def test_a_model_says_what_it_fuses(self):
+        listed = ["glob:*.a_proj", "glob:*.b_proj"]
+        fused = {"ab_proj": ["a_proj", "b_proj"]}
+        self.assertTrue(is_layer_skipped("layers.0.ab_proj", listed, fused))
 
     def test_names_in_globs_are_mapped(self):
         listed = ["glob:tower.blocks.0*", "re:.*tower"]
