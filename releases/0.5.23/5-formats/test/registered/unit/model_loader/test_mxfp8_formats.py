@@ -204,9 +204,14 @@ class TestMxfp8Formats(CustomTestCase):
             self.write(config, sidecar)
             with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
                 self.config()
-        served = mixed("NVFP4", "MXFP8")  # by upstream's own reader
-        self.write({**MODELOPT, **served})
-        self.assertEqual(self.config().quantization, "modelopt_mixed")
+        served = {**MODELOPT, **mixed("NVFP4", "MXFP8")}
+        for config, flag, expected in (
+            (served, None, "modelopt_mixed"),
+            # This one reads the checkpoint's own config.
+            (compressed(group("MXFP8A16")), "humming", "humming"),
+        ):
+            self.write(config)
+            self.assertEqual(self.config(flag).quantization, expected)
 
     def test_a_part_of_a_fused_layer_is_refused(self):
         self.write({**MODELOPT, "ignore": ["model.layers.1.self_attn.k*"]})
