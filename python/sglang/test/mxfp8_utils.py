@@ -1,4 +1,7 @@
-"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
+"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references.
+
+Imports within a function are of what sglang 0.5.23 lacks.
+"""
 
 import contextlib
 import functools
@@ -27,19 +30,14 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.dp_attention import initialize_dp_attention
+from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8 import weights
-from sglang.srt.layers.quantization.mxfp8.lifecycle import (
-    check_mxfp8_disk_update,
-    load_served_model,
-    mxfp8_checkpoint_form,
-)
+from sglang.srt.layers.quantization.mxfp8 import numerics
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader.loader import get_model_loader
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.test_utils import (
     DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
@@ -106,7 +104,7 @@ def run_with_kernel(test: CustomTestCase, module: str, script: str, **env: str) 
     script = f"import {module} as kernel\n" + textwrap.dedent(script)
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(weights.__file__), **env},
+        env={**os.environ, "PYTHONPATH": os.path.dirname(numerics.__file__), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -141,6 +139,64 @@ def reference_linear(
     if quantize_input:
         x = dequantize(*quantize(x.reshape(-1, x.shape[-1]))).view(x.shape)
     return x.double() @ dequantize(weight, scale).double().t()
+
+
+def mxfp8_linear(
+    n, k: int, backend="flashinfer_trtllm", cls=ReplicatedLinear, serialized=True, **more
+):
+    """A linear [N, K] as a model on that backend builds it; `n` may be the widths of a
+    merged one, `more` is the class's."""
+    init_single_process_parallel_state()
+    arguments = dict(
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=mxfp8_config(serialized),
+        prefix="m.proj",
+    )
+    if cls is MergedColumnParallelLinear:
+        arguments.update(tp_rank=0, tp_size=1)
+    with fp8_gemm_backend(backend):
+        return cls(k, n, **{**arguments, **more})
+
+
+def load_mxfp8(layer, weight: torch.Tensor, scale: torch.Tensor, *shard_id) -> None:
+    """Write both through the parameters' loaders."""
+    layer.weight.weight_loader(layer.weight, weight, *shard_id)
+    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
+
+
+def loaded_mxfp8_linear(*args, seed: int = 0, **kwargs):
+    """A random `mxfp8_linear` in kernel form, with its e4m3 weight and its scale."""
+    layer = mxfp8_linear(*args, **kwargs)
+    _, weight, scale = random_mxfp8(*layer.weight.shape, seed)
+    load_mxfp8(layer, weight, scale)
+    layer.mxfp8_weights.to_kernel_form()
+    return layer, weight, scale
+
+
+def assert_product(
+    output, x, weight, scale, bias: Optional[torch.Tensor] = None, quantize_input=True
+) -> None:
+    """`output` is x @ W.T + bias in x's dtype: no further from float64 than its own
+    rounding, that of the bias and that of sums in fp32."""
+    expected = reference_linear(x, weight, scale, quantize_input)
+    rounded = expected.abs()
+    if bias is not None:
+        expected, rounded = expected + bias, rounded + 2 * bias.abs()
+    row_norms = dequantize(weight, scale).double().norm(dim=1)
+    sums = 1e-6 * x.double().norm(dim=-1, keepdim=True) * row_norms
+    limit = torch.finfo(x.dtype).eps * rounded + sums.view(expected.shape)
+    assert output.dtype == x.dtype, output.dtype
+    assert output.shape == expected.shape, output.shape
+    is_right = (output.double() - expected).abs() <= limit  # False for NaN
+    wrong = is_right.logical_not().nonzero().tolist()
+    assert not wrong, f"{len(wrong)} of {output.numel()} differ, first {wrong[0]}"
+
+
+def assert_multiplies(layer, x, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """The layer's output for x is that of a weight and its scale."""
+    weight_only = layer.mxfp8_weights.backend.is_weight_only()
+    assert_product(layer(x)[0], x, weight, scale, layer.bias, not weight_only)
 
 
 # hidden 512, so that qkv, o and gate_up fit trtllm, gate_up with a padded scale (N 1088);
@@ -219,6 +275,9 @@ def load_on_cpu(
     """Load a model in this process as a CPU server's runner does; `load_config` is
     LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
     """
+    from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
     args = ServerArgs(
         model_path=path,
         device="cpu",
@@ -271,6 +330,8 @@ def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
 
 def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
     """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    from sglang.srt.layers.quantization.mxfp8 import weights
+
     weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
 
 
@@ -296,6 +357,9 @@ class TinyModelTestCase(CustomTestCase):
 
     def assert_serves(self, model: torch.nn.Module, tensors: dict) -> None:
         """The MXFP8 layers multiply by `tensors`; the model gives them all back as bytes."""
+        from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+        from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
         for own in mxfp8_weights_of(model):
@@ -327,10 +391,12 @@ class TinyModelTestCase(CustomTestCase):
 
     def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
         """Why `model` is not updated from `path`; "" if it may be."""
+        from sglang.srt.layers.quantization.mxfp8 import lifecycle
+
         config = SimpleNamespace(
             model_path=path, revision=None, quantization="mxfp8", hf_config=None
         )
-        refusal = check_mxfp8_disk_update(
+        refusal = lifecycle.check_mxfp8_disk_update(
             model, config, get_model_loader, path, load_format, **kwargs
         )
         return refusal or ""
