@@ -1,4 +1,7 @@
-"""scripts/serve.sh as a user runs it: a real model, a real server, a real answer."""
+"""scripts/serve.sh as a user runs it: a real model, a real server, a real answer.
+
+MXFP8_RELEASE, which test.sh sets and serve.sh reads, is the release of sglang.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 SERVE = ROOT / "scripts" / "serve.sh"
 BF16 = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 QUESTION = "What is the capital of Japan?"
+IS_0_5_9 = os.environ.get("MXFP8_RELEASE", "0.5.9") == "0.5.9"
 
 
 @pytest.fixture
@@ -43,6 +47,7 @@ def test_served_model_knows_the_capital_of_japan(port):
     assert not answers(port)
 
 
+@pytest.mark.skipif(not IS_0_5_9, reason="the stack of 0.5.23 does not serve them")
 @pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
 def test_other_formats_give_the_same_layers_and_answer(form, port, tmp_path):
     model = tmp_path / form
@@ -58,6 +63,9 @@ def test_other_formats_give_the_same_layers_and_answer(form, port, tmp_path):
 def check_answer(result: subprocess.CompletedProcess) -> None:
     assert result.returncode == 0, result.stderr
     assert "Tokyo" in result.stdout
+    if not IS_0_5_9:
+        assert "MXFP8 linears run on FlashInfer's kernels as emulated" in result.stderr
+        return
     [layers] = re.findall("(?m)^MXFP8 linear layers: .*$", result.stderr)
     assert re.search(r"\d+ on flashinfer_cutlass .*; \d+ on flashinfer_trtllm", layers)
     readme = (ROOT / "README.md").read_text().splitlines()
