@@ -32,6 +32,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.dp_attention import initialize_dp_attention
+from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
@@ -146,6 +147,64 @@ def reference_linear(
     if quantize_input:
         x = dequantize(*quantize(x.reshape(-1, x.shape[-1]))).view(x.shape)
     return x.double() @ dequantize(weight, scale).double().t()
+
+
+def mxfp8_linear(
+    n, k: int, backend="flashinfer_trtllm", cls=ReplicatedLinear, serialized=True, **more
+):
+    """A linear [N, K] as a model on that backend builds it; `n` may be the widths of a
+    merged one, `more` is the class's."""
+    init_single_process_parallel_state()
+    arguments = dict(
+        bias=False,
+        params_dtype=torch.bfloat16,
+        quant_config=mxfp8_config(serialized),
+        prefix="m.proj",
+    )
+    if cls is MergedColumnParallelLinear:
+        arguments.update(tp_rank=0, tp_size=1)
+    with fp8_gemm_backend(backend):
+        return cls(k, n, **{**arguments, **more})
+
+
+def load_mxfp8(layer, weight: torch.Tensor, scale: torch.Tensor, *shard_id) -> None:
+    """Write both through the parameters' loaders."""
+    layer.weight.weight_loader(layer.weight, weight, *shard_id)
+    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
+
+
+def loaded_mxfp8_linear(*args, seed: int = 0, **kwargs):
+    """A random `mxfp8_linear` in kernel form, with its e4m3 weight and its scale."""
+    layer = mxfp8_linear(*args, **kwargs)
+    _, weight, scale = random_mxfp8(*layer.weight.shape, seed)
+    load_mxfp8(layer, weight, scale)
+    layer.mxfp8_weights.to_kernel_form()
+    return layer, weight, scale
+
+
+def assert_product(
+    output, x, weight, scale, bias: Optional[torch.Tensor] = None, quantize_input=True
+) -> None:
+    """`output` is x @ W.T + bias in x's dtype: no further from float64 than its own
+    rounding, that of the bias and that of sums in fp32."""
+    expected = reference_linear(x, weight, scale, quantize_input)
+    rounded = expected.abs()
+    if bias is not None:
+        expected, rounded = expected + bias, rounded + 2 * bias.abs()
+    row_norms = dequantize(weight, scale).double().norm(dim=1)
+    sums = 1e-6 * x.double().norm(dim=-1, keepdim=True) * row_norms
+    limit = torch.finfo(x.dtype).eps * rounded + sums.view(expected.shape)
+    assert output.dtype == x.dtype, output.dtype
+    assert output.shape == expected.shape, output.shape
+    is_right = (output.double() - expected).abs() <= limit  # False for NaN
+    wrong = is_right.logical_not().nonzero().tolist()
+    assert not wrong, f"{len(wrong)} of {output.numel()} differ, first {wrong[0]}"
+
+
+def assert_multiplies(layer, x, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    """The layer's output for x is that of a weight and its scale."""
+    weight_only = layer.mxfp8_weights.backend.is_weight_only()
+    assert_product(layer(x)[0], x, weight, scale, layer.bias, not weight_only)
 
 
 # hidden 512, so that qkv, o and gate_up fit trtllm, gate_up with a padded scale (N 1088);

@@ -9,12 +9,19 @@ import json
 import os
 import time
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, DeepseekV3ForCausalLM
+from transformers import (
+    ApertusConfig,
+    ApertusForCausalLM,
+    BertConfig,
+    BertModel,
+    DeepseekV3ForCausalLM,
+)
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -33,13 +40,18 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     load_mxfp8_tensors_directly,
 )
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.numerics import quantize, refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.models.llama import LlamaForCausalLM
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import (
+    ServerArgs,
+    get_global_server_args,
+    set_global_server_args_for_scheduler,
+)
 from sglang.srt.utils import replace_submodule
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -136,6 +148,25 @@ class TestWhole(TinyModelTestCase):
             name = "" if reason == lost else next(iter(changes))
             self.assert_refused(self.write(tensors), f"{name}.*{reason}")
 
+    def test_a_scale_that_nothing_takes(self):
+        attention, scale = "model.layers.1.self_attn", torch.tensor(0.25)
+        for name in (
+            *(f"{attention}.{kind}_scale" for kind in ("key", "k_cache", "q")),
+            f"{attention}.k_scale_inv",
+            f"{attention}.k_proj.k_scales",
+            f"{attention}.attn.kv_cache_scale",
+            f"{K_PROJ}_scale_2",
+        ):
+            self.assert_refused(self.write({**self.b, name: scale}), f"takes.* {name}")
+        both = {UP_SCALE.removesuffix("_inv"): self.b[UP_SCALE].clone()}
+        reason = f"{UP_SCALE} comes twice, .*weight_scale"
+        self.assert_refused(self.write({**self.b, **both}), reason)
+        with self.refused(self.model, reason):
+            self.model.load_weights([*self.b.items(), *both.items()])
+        others = "model.mtp.fc.weight_scale", "logit_scale", "model.layers.2.k_scale_inv"
+        path = self.write({**self.b, **{name: scale.clone() for name in others}})
+        self.assertEqual(self.refusal_of(self.model, path), "")
+
     def test_linears_in_bf16_and_a_head_are_missing(self):
         kept = ["layers.1.self_attn", "layers.1.mlp"]
         own = {**TINY_LLAMA["quantization_config"], "modules_to_not_convert": kept}
@@ -168,6 +199,15 @@ class TestWhole(TinyModelTestCase):
         path = self.write_with_index(without(self.b, "embed"), **lost)
         self.assert_refused(path, "embed_tokens.weight in model-00002.safetensors")
 
+    def test_an_index_that_is_none(self):
+        path = self.write(self.b)
+        index = Path(path, "model.safetensors.index.json")
+        for content in b"", b"{", b"{}", b"[]", b'{"weight_map": {}}', b"\xff":
+            index.write_bytes(content)
+            self.assert_refused(path, f"{index} is no index .*Fetch it again")
+        index.write_text('{"weight_map": {"a": 1}}')
+        self.assert_refused(path, f"{index} is no index .*Fetch it again")
+
     def test_a_tensor_stands_in_two_files(self):
         path = self.write_with_index(self.b, extra="other.safetensors")
         twin = {DOWN: self.a[DOWN], "extra": torch.ones(1)}
@@ -188,6 +228,11 @@ class TestWhole(TinyModelTestCase):
             ("/no/such/folder", "no such folder"),
         ):
             self.assertRegex(self.refusal_of(self.model, path), reason)
+        with mock.patch.object(
+            DefaultModelLoader, "_prepare_weights", side_effect=OSError("no hub")
+        ):
+            refusal = self.refusal_of(self.model, "models/foo")
+        self.assertRegex(refusal, "no such folder.*no hub.*Nothing was written")
 
     def test_what_a_model_need_not_take_is_no_reason(self):
         more = {"model.mtp.fc.weight": self.b[DOWN].clone(), "x.weight": torch.ones(9)}
@@ -278,6 +323,32 @@ class TestInMemory(TinyModelTestCase):
             self.assertEqual((attn.k_scale.item(), attn.k_scale_float), (0.5, 0.5))
             update([(own, torch.tensor(1.0))])
 
+    def test_a_scale_that_cuda_graphs_keep(self):
+        own = "model.layers.1.self_attn.attn.k_scale"
+        model = load_on_cpu(self.path_a)
+        raw_loader = as_mxfp8_raw_loader(write_past_the_loaders)
+        fused = fused_parameters(self.b)
+        same, other = (torch.tensor(x) for x in (1.0, 0.5))
+        updates = (
+            (model.load_weights, self.b),
+            (lambda tensors: load_mxfp8_tensors_directly(model, tensors), fused),
+            (lambda tensors: raw_loader(model, list(tensors)), fused),
+        )
+        args = get_global_server_args()
+        with mock.patch.multiple(args, device="cuda", disable_cuda_graph=False):
+            for update, tensors in updates:
+                update([(own, same)])
+                with self.refused(model, f"{own} changes .*--disable-cuda-graph"):
+                    update({**tensors, own: other}.items())
+            runner = self.runner_of(model)
+            path = self.write({**self.b, own: other})
+            success, message = runner.update_weights_from_disk(path, "auto")
+            self.assertRegex(message, f"{own} changes .*\n.*Rolling back")
+            self.assertFalse(success)
+            self.assert_serves(model, self.a)
+            args.disable_cuda_graph = True
+            model.load_weights([(own, other)])
+
     def test_a_scale_of_values_without_one_of_keys(self):
         path = self.write({**self.b, "model.layers.1.self_attn.v_scale": torch.ones(1)})
         with self.assertRaisesRegex(
@@ -330,8 +401,7 @@ class TestInMemory(TinyModelTestCase):
             with self.subTest(direct=reason), self.refused(model, reason):
                 load_mxfp8_tensors_directly(model, {**fused, **changes}.items())
 
-    def test_a_disk_update_goes_back_to_what_was_served(self):
-        model = load_on_cpu(self.path_a)
+    def runner_of(self, model):
         config = SimpleNamespace(
             model_path=self.path_a,
             revision=None,
@@ -339,12 +409,16 @@ class TestInMemory(TinyModelTestCase):
             dtype=BF16,
             hf_config=None,
         )
-        runner = model_runner(model, model_config=config, load_config=LoadConfig())
+        return model_runner(model, model_config=config, load_config=LoadConfig())
+
+    def test_a_disk_update_goes_back_to_what_was_served(self):
+        model = load_on_cpu(self.path_a)
+        runner = self.runner_of(model)
         path = self.write(with_byte(self.b, UP_SCALE, 255))
         success, message = runner.update_weights_from_disk(path, "auto")
         self.assertFalse(success)
         self.assertRegex(message, f"{UP_SCALE} holds NaN.*\n.*Rolling back")
-        self.assertEqual(config.model_path, self.path_a)
+        self.assertEqual(runner.model_config.model_path, self.path_a)
         self.assert_serves(model, self.a)
 
 
@@ -384,6 +458,8 @@ class TestTaken(TinyModelTestCase):
         model = load_on_cpu(self.path_a)
         with self.refused(model, "takes nothing of 1 tensors: model.no_such.weight"):
             model.load_weights([("model.no_such.weight", self.b[DOWN])])
+        with self.refused(model, "the update has no tensors"):
+            model.load_weights([])
 
         def load():
             model.load_weights([(DOWN, self.b[DOWN]), ("a.b", self.b[DOWN])])
@@ -437,6 +513,32 @@ class TestTheCopyOnMeta(TinyModelTestCase):
                 model = load_on_cpu(self.path_a)
                 model.load_weights(self.b.items())
                 self.assertEqual(self.refusal_of(model, self.path_a), "")
+
+    def test_a_model_that_reads_numbers_while_it_is_built(self):
+        """XIELU does, and so do the vision towers of InternVL and Janus."""
+        init = LlamaForCausalLM.__init__
+        seen = []
+
+        def reads_numbers(model, *args, **kwargs):
+            init(model, *args, **kwargs)
+            beta = torch.nn.Parameter(torch.tensor(0.5)).detach()
+            rates = [x.item() for x in torch.linspace(0, 1, 3)]
+            seen.append((beta.cpu().item(), float(beta), bool(beta > 0), rates))
+
+        with mock.patch.object(LlamaForCausalLM, "__init__", reads_numbers):
+            self.assert_updates(load_on_cpu(self.path_a))
+        self.assertEqual(seen, [(0.5, 0.5, True, [0, 0.5, 1])] * len(seen))
+        self.assertGreater(len(seen), 1)
+        path = f"{self.directory}/apertus"
+        config = ApertusConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=320,
+        )
+        ApertusForCausalLM(config).to(BF16).save_pretrained(path)
+        load_on_cpu(path, quantization="mxfp8")
 
     def test_an_operation_that_meta_lacks(self):
         loads = LlamaForCausalLM.load_weights
