@@ -150,7 +150,12 @@ def reference_linear(
 
 
 def mxfp8_linear(
-    n, k: int, backend="flashinfer_trtllm", cls=ReplicatedLinear, serialized=True, **more
+    n,
+    k: int,
+    backend="flashinfer_trtllm",
+    cls=ReplicatedLinear,
+    serialized=True,
+    **more,
 ):
     """A linear [N, K] as a model on that backend builds it; `n` may be the widths of a
     merged one, `more` is the class's."""
