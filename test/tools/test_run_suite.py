@@ -1,7 +1,5 @@
 """test/run_suite.py: nothing that failed, hung or did not run passes for a success."""
 
-from pathlib import Path
-
 import pytest
 import run_suite
 

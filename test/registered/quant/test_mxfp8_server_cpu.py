@@ -111,7 +111,9 @@ class TestRealModel(CustomTestCase):
         return layer
 
 
-@only_on("0.5.9")  # both backends are compared by layer on 0.5.23, and it logs otherwise
+@only_on(
+    "0.5.9"
+)  # both backends are compared by layer on 0.5.23, and it logs otherwise
 class TestTinyModels(CustomTestCase):
     # gate_up has N = 3072, which the rule leaves to 128x4; the others are narrow.
     sizes = dict(intermediate_size=1536, vocab_size=512)
