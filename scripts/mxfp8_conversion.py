@@ -27,13 +27,14 @@ if not torch.cuda.is_available():
 # On a CPU it can be imported; elsewhere it asks for kernels when it is built.
 import sglang.srt.layers.rotary_embedding  # noqa: F401
 from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.layers.quantization.mxfp8 import numerics
-from sglang.srt.layers.quantization.mxfp8.formats import SCALE, LayerList
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.formats import LayerList
 from sglang.srt.layers.quantization.mxfp8.headers import Header, read_headers
 from sglang.srt.layers.quantization.mxfp8.lifecycle import update_check_of
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
 from sglang.srt.layers.quantization.mxfp8.names import Layer, ask_model, module_of
-from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, row_slabs
+from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE, quantize
+from sglang.srt.layers.quantization.mxfp8.weights import SCALE, WEIGHT, row_slabs
 from sglang.srt.model_loader import loader
 from sglang.srt.model_loader.weight_utils import filter_duplicate_safetensors_files
 from sglang.test import mxfp8_utils
@@ -41,7 +42,6 @@ from sglang.test import mxfp8_utils
 with mock.patch("sglang.srt.utils.is_cpu", lambda: False):
     import sglang.srt.models.registry  # noqa: F401
 
-GROUP_SIZE = numerics.GROUP_SIZE
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 NOT_COPIED = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.gguf", ".*")
 # Small, and they lose more than the text does.
@@ -196,11 +196,11 @@ def _how_to_build(source: Path, quantization: dict) -> Tuple:
     return loader._initialize_model, config, load_config, quant_config
 
 
-def _to_mxfp8(converted: Set[str], quantize: Callable, named: Iterable) -> Iterator:
+def _to_mxfp8(converted: Set[str], convert: Callable, named: Iterable) -> Iterator:
     """The result's tensors, or headers, for the source's."""
     for name, tensor in named:
         if name in converted:
-            tensor, scale = quantize(name, tensor)
+            tensor, scale = convert(name, tensor)
             yield name.removesuffix(WEIGHT) + SCALE, scale
         yield name, tensor
 
@@ -217,6 +217,6 @@ def _quantized(name: str, weight: torch.Tensor) -> Tuple[torch.Tensor, torch.Ten
     scale = torch.empty(len(weight), weight.shape[1] // GROUP_SIZE, dtype=torch.uint8)
     for rows in row_slabs(weight):
         piece = weight[rows].float()
-        numerics.refuse_non_finite([(name, piece)], quantizes=True)
-        values[rows], scale[rows] = numerics.quantize(piece)
+        refuse_non_finite([(name, piece)], quantizes=True)
+        values[rows], scale[rows] = quantize(piece)
     return values, scale
