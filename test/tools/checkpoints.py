@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors.torch import load_file, save_file
-from sglang.test.mxfp8_utils import TINY_LLAMA, same_bytes, with_weight_scale
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from sglang.test.mxfp8_utils import TINY_LLAMA, same_bytes, with_weight_scale
 
 
 def save_tiny_llama(output: Path, **changes) -> None:

@@ -15,6 +15,8 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams
 from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
+
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
@@ -24,7 +26,6 @@ from sglang.test.mxfp8_utils import (
     load_on_cpu,
     same_bytes,
 )
-from transformers import AutoModelForCausalLM
 
 # Kept in bf16: a whole block, and one linear.
 KEPT = ["model.layers.0.self_attn.", "model.layers.1.mlp.down_proj"]

@@ -15,11 +15,12 @@ import torch
 from checkpoints import read_config, read_tensors, same_tensors, save_tiny_llama, write
 from convert_to_mxfp8 import main
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from sglang.srt.layers.quantization.mxfp8 import weights
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.utils import is_layer_skipped
 from sglang.test.mxfp8_utils import TINY_LLAMA
-from transformers import AutoModelForCausalLM
 
 INDEX = "model.safetensors.index.json"
 UP, DOWN = (f"model.layers.0.mlp.{part}_proj" for part in ("up", "down"))

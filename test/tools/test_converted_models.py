@@ -13,6 +13,7 @@ import torch
 import transformers
 from checkpoints import read_config, read_tensors, write, write_as
 from convert_to_mxfp8 import main
+
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.names import kv_caches
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize

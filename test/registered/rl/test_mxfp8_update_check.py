@@ -43,9 +43,9 @@ from sglang.test.mxfp8_utils import (
     load_on_cpu,
     model_runner,
     mxfp8_config,
-    server_model_config,
     mxfp8_state,
     same_bytes,
+    server_model_config,
     without,
     write_past_the_loaders,
 )
