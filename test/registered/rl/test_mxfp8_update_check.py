@@ -106,9 +106,7 @@ class TestWhole(TinyModelTestCase):
         swizzled = swizzle_scale(scale, shuffle=False)
         embedding = {EMBEDDING: self.b[EMBEDDING].to(FP8)}
         embedding[f"{EMBEDDING}_scale_inv"] = torch.ones(1)
-        holds = (
-            f"{K_PROJ}.*holds torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
-        )
+        holds = f"{K_PROJ}.*torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
         for reason, changes in (
             (f"{fills}{EMBEDDING}", lost(EMBEDDING)),
             (f"{fills}model.norm.weight", lost("model.norm")),
