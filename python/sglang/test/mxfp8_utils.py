@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import unittest
 from random import Random
 from types import SimpleNamespace
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
+import sglang
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -79,6 +81,12 @@ def fp8_gemm_backend(name: str, emulation: bool = True):
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
+
+
+def only_on(release: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    is_on = sglang.__version__.partition("+")[0] == release
+    return unittest.skipUnless(is_on, f"this is not sglang {release}")
 
 
 def for_random(times: int, **choices: Sequence) -> Callable:

@@ -14,6 +14,7 @@ Names are compared whatever "model." and "language_model." they begin with.
 """
 
 import fnmatch
+import functools
 import re
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
@@ -61,8 +62,8 @@ class LayerList:
         fused: Optional[Mapping[str, List[str]]] = None,
     ) -> None:
         ignored = list(ignored)
-        targets = [entry for entry in ignored if entry.startswith(_UNLESS)]
-        kept = [entry for entry in ignored if not entry.startswith(_UNLESS)]
+        targets = tuple(entry for entry in ignored if entry.startswith(_UNLESS))
+        kept = tuple(entry for entry in ignored if not entry.startswith(_UNLESS))
         self._kept = _matcher(kept, whole_parts)
         self._targeted = _matcher(targets) if targets else lambda name: True
         own = {name: [parts] for name, parts in (fused or {}).items()}
@@ -176,20 +177,18 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
                 f'quant_method "mxfp8" with {key} {value!r} is not served, only with '
                 f"{expected!r}"
             )
-    ignored = [
-        name
-        for key in ("ignored_layers", "modules_to_not_convert")
-        for name in config.get(key) or ()
-    ]
     return {
         "mxfp8_format": config.get("mxfp8_format", "mxfp8"),
-        "ignored_layers": _unique(map(_as_own_entry, ignored)),
+        "ignored_layers": own_list(config),
     }
 
 
-def _as_own_entry(name: str) -> str:
-    is_new_glob = _GLOB.search(name) and not _split(name)[0]
-    return f"glob:{name}" if is_new_glob else name
+def own_list(config: Dict[str, Any]) -> List[str]:
+    """The entries of both lists that a config of sglang's own form may have."""
+    keys = ("ignored_layers", "modules_to_not_convert")
+    names = [name for key in keys for name in config.get(key) or ()]
+    is_new_glob = lambda name: _GLOB.search(name) and not _split(name)[0]
+    return _unique(f"glob:{name}" if is_new_glob(name) else name for name in names)
 
 
 def _read_fp8(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, Any]]:
@@ -340,8 +339,25 @@ _READERS = {
 }
 
 
+def has_patterns(entries: Iterable[str]) -> bool:
+    return any(entry.startswith((_UNLESS, "glob:", "re:")) for entry in entries)
+
+
+def map_names(
+    entries: Iterable[str], mapped: Callable[[List[str]], List[str]]
+) -> List[str]:
+    """The entries by the names that `mapped` gives; regular expressions stay."""
+    result = []
+    for entry in entries:
+        kind, body = _split(entry)
+        names = [body] if kind.endswith("re:") else mapped([body])
+        result += [kind + name for name in names]
+    return _unique(result)
+
+
+@functools.lru_cache(maxsize=8)  # since it is asked again for every layer
 def _matcher(
-    entries: Iterable[str], whole_parts: bool = False
+    entries: Tuple[str, ...], whole_parts: bool = False
 ) -> Callable[[str], bool]:
     """Whether any of these entries has a name, in whatever modules the name is wrapped."""
     modules, parts, globs, patterns = set(), [], [], []
