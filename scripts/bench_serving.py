@@ -56,13 +56,8 @@ LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 OURS = (LAYOUT, "SGLANG_MXFP8_LINEAR_BACKEND", "SGLANG_MXFP8_EMULATION")
 PACKAGES = ("sglang", "flashinfer-python", "flashinfer-cubin", "torch", "triton")
 # sglang's kernels and CUDA graphs need a GPU; memory is left for others.
-CPU_FLAGS = [
-    "--device=cpu",
-    "--attention-backend=torch_native",
-    "--max-total-tokens=8192",
-    "--sampling-backend=pytorch",
-    "--disable-overlap-schedule",
-]
+CPU_FLAGS = "--device=cpu --attention-backend=torch_native --sampling-backend=pytorch "
+CPU_FLAGS += "--disable-overlap-schedule --max-total-tokens=8192"
 EMULATION = {
     "SGLANG_MXFP8_EMULATION": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -134,7 +129,7 @@ def parse_arguments(arguments: list[str]) -> Session:
     if session.bf16_model:
         session.servers = ["bf16", *session.servers]
     if rehearse:
-        session.arguments = [*CPU_FLAGS, *session.arguments]
+        session.arguments = [*CPU_FLAGS.split(), *session.arguments]
         session.env |= EMULATION
         if not Path(session.model).is_dir():
             parser.error(f"no {session.model}: ./scripts/serve.sh --ask Hello makes it")
@@ -154,11 +149,6 @@ def visible_gpus() -> list[str]:
     command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command += [] if visible is None else ["-i", visible or "none"]
-    return tell(command)
-
-
-def tell(command: list[str]) -> list[str]:
-    """The lines that a program prints; [] where it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=DEVNULL).splitlines()
     return []
@@ -172,20 +162,14 @@ def describe(session: Session, gpus: list[str]) -> dict:
         "env": {k: v for k, v in session.env.items() if k.startswith("SGLANG_")},
         "gpus": gpus,
         "cpu": re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[:1],
-        "cores": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
         "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
         "sglang_files": hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest(),
         "all_servers": SERVERS,
     }
-    ask_git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     # What may be another at the next time, since it changes no figure.
     growing = ("results", "servers", "repeats", "concurrency")
-    settings["last_session"] = {name: settings.pop(name) for name in growing} | {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["scripts/bench_serving.py", *sys.argv[1:]],
-        "revision": tell(ask_git),
-    }
+    settings["last_session"] = {name: settings.pop(name) for name in growing}
+    settings["last_session"]["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     # `/home/me/model` and `https://host/model` become `model`.
     text = json.dumps(settings, indent=1, default=str)
     return json.loads(re.sub(r'(?<=[\s"\'=:,])([/~][^\s"\',]*)?/', "", text))
@@ -256,6 +240,12 @@ def self_check(session: Session) -> None:
         partly.rename(told)
 
 
+def is_healthy(port: int) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"http://{HOST}:{port}/health", timeout=10).ok
+    return False
+
+
 @contextlib.contextmanager
 def running_server(session: Session, name: str, folder: Path):
     """Yields the port of a server that is ready, and that is stopped afterwards."""
@@ -269,22 +259,16 @@ def running_server(session: Session, name: str, folder: Path):
     log = folder / f"server-{len(list(folder.glob('server-*.log'))) + 1}.log"
     process = start(session, "sglang.launch_server", flags, log, **env)
     try:
-        wait_until_ready(process, port, log)
+        deadline = time.monotonic() + START_LIMIT_S
+        while not is_healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"the server did not start\n{log_end(log)}")
+            time.sleep(0.5)
         if bool(backend) != ("MXFP8 linear layers: " in log.read_text()):
             raise Failed(f"{Path(model).name} is not in the format of this server")
         yield port
     finally:
         stop_group(process)
-
-
-def wait_until_ready(process: Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(f"http://{HOST}:{port}/health", timeout=10).ok:
-                return
-        time.sleep(0.5)
-    raise Failed(f"the server did not start\n{log_end(log)}")
 
 
 def bench(session: Session, case: str, n: int, port: int, output: Path) -> str:

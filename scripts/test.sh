@@ -14,7 +14,7 @@ Usage: ./scripts/test.sh [--release VERSION] [PYTEST_ARGUMENT...]
 Sets up .venv (see ./scripts/setup.sh --help), gets the model that the tests serve, and runs
 all tests: the registered ones as sglang's CI does, each file in a process of its own, and
 beside them the rest with pytest. No GPU is needed; with one, the tests for it run, too.
-With --release 0.5.23 it is the tests in releases/0.5.23, and those of shared_tests.txt there.
+With --release 0.5.23 it is the tests that the stack in releases/0.5.23 brings.
 
 With arguments, pytest alone runs, e.g. ./scripts/test.sh test/tools -x; all of them are
 listed by .venv/bin/python -m pytest --help.
@@ -62,18 +62,18 @@ run_everything() {
     exit "$status"
 }
 
-# What the stack of another release brings, and what holds there of the shared tests.
+# The tests of another release's stack: of its own folders, and those of ours that it brings.
 run_release() {
-    local status=0 part shared
+    local status=0 part files shared
     rm -rf "$reports"
     for part in "$EDITS"/*/test/registered; do
         # Each pull request names what it patches.
         SGLANG_MXFP8_EMULATION=0 "${run_suite[@]}" --suite all --root "$part" \
             --reports "$reports/$(basename "${part%/test/registered}")" || status=1
     done
-    mapfile -t shared < <(grep -v '^#' "$EDITS/shared_tests.txt")
-    "${run_suite[@]}" --suite all --reports "$reports/shared" \
-        "${shared[@]/#/test/registered/}" || status=1
+    files=$(grep -ho 'test/registered/[^"]*' "$EDITS"/*/pr.toml | sort -u)
+    mapfile -t shared <<<"$files"
+    "${run_suite[@]}" --suite all --reports "$reports/shared" "${shared[@]}" || status=1
     "${pytest[@]}" --junitxml="$reports/e2e.xml" test/e2e/test_serve_smollm2.py || status=1
     "${run_suite[@]}" --total "$reports" || status=1
     exit "$status"

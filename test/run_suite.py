@@ -10,8 +10,8 @@ PATH.log. An import error, a crash, a hang and a file without tests are failures
 exit status:
   0    no test failed and at least one ran (a skipped one did not)
   1    a test or a file failed; with --total, also a part in which no test ran
-  2    nothing to run (no such suite, all disabled), nothing that ran (all skipped), or
-       wrong arguments
+  2    nothing to run (no such suite, no such file, all disabled), nothing that ran (all
+       skipped), or wrong arguments
   128+ the number of the signal that interrupted the run, which ends by that signal
 """
 
@@ -33,21 +33,24 @@ from in_venv import run_in_venv
 
 if __name__ == "__main__":
     run_in_venv()
-from sglang.test.ci.ci_register import CIRegistry, ut_parse_one_file
+from sglang.test.ci.ci_register import CIRegistry, collect_tests
 
 GRACE_S = 10  # for a hanging process to write where it hangs
 XMLRUNNER = "-u -X faulthandler -m xmlrunner discover -v".split()
 OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 
 
-def select(found: list[CIRegistry], hw: str, suite: str) -> list[CIRegistry]:
-    """The registrations for this hardware and suite, one a file. Raises ValueError."""
-    fitting = [r for r in found if r.backend.name == hw.upper()]
-    asked = {r.filename: r for r in fitting if suite in ("all", r.suite)}
-    if not asked:
+def select(found: list[CIRegistry], args: argparse.Namespace) -> list[CIRegistry]:
+    """The registrations that the arguments ask for, one a file. Raises ValueError."""
+    fitting = [r for r in found if r.backend.name == args.hw.upper()]
+    files = {r.filename: r for r in fitting if args.suite in ("all", r.suite)}
+    if not files:
         suites = ", ".join(sorted({r.suite for r in fitting})) or "none"
-        raise ValueError(f"no file for {hw} {suite}; suites: {suites}")
-    return [*asked.values()]
+        raise ValueError(f"no file for {args.hw} {args.suite}; suites: {suites}")
+    wanted = [str(Path(name).resolve()) for name in args.files] or list(files)
+    if unknown := [name for name in wanted if name not in files]:
+        raise ValueError(f"not registered for this suite: {', '.join(unknown)}")
+    return [files[name] for name in wanted]
 
 
 def read_cases(report: Path) -> list[tuple[str, str]]:
@@ -130,12 +133,12 @@ def run_file(file: str, args: argparse.Namespace) -> Counter:
 
 
 def run_suite(args: argparse.Namespace) -> int:
-    tests = sorted(args.root.rglob("test_*.py"))
-    found = [registry for test in tests for registry in ut_parse_one_file(str(test))]
+    tests = sorted(map(str, args.root.rglob("test_*.py")))
+    found = collect_tests(tests, sanity_check=False)
     if args.registered_files:
         print("\n".join(sorted({registry.filename for registry in found})))
         return 0
-    files = select(found, args.hw, args.suite)
+    files = select(found, args)
     for file in filter(lambda file: file.disabled, files):
         print(f"disabled: {file.filename}: {file.disabled}")
     enabled = [file for file in files if not file.disabled]
@@ -166,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
+    add("files", nargs="*", metavar="FILE", help="run these files of the suite only")
     add("--hw", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--suite", default="default", help='default: "default"; "all" is every suite')
     add("--registered-files", action="store_true", help="print every registered file")

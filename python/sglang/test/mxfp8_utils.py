@@ -14,9 +14,10 @@ import sys
 import tempfile
 import textwrap
 import time
+import unittest
 from random import Random
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Optional, Sequence, TextIO, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import requests
@@ -24,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
+import sglang
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -79,6 +81,12 @@ def fp8_gemm_backend(name: str, emulation: bool = True):
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
+
+
+def only_on(release: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    is_on = sglang.__version__.partition("+")[0] == release
+    return unittest.skipUnless(is_on, f"this is not sglang {release}")
 
 
 def for_random(times: int, **choices: Sequence) -> Callable:
@@ -142,7 +150,12 @@ def reference_linear(
 
 
 def mxfp8_linear(
-    n, k: int, backend="flashinfer_trtllm", cls=ReplicatedLinear, serialized=True, **more
+    n,
+    k: int,
+    backend="flashinfer_trtllm",
+    cls=ReplicatedLinear,
+    serialized=True,
+    **more,
 ):
     """A linear [N, K] as a model on that backend builds it; `n` may be the widths of a
     merged one, `more` is the class's."""
@@ -457,102 +470,72 @@ def reference_logprobs(model: torch.nn.Module, input_ids: List[int]) -> torch.Te
     return logits.log_softmax(-1).gather(1, targets)[:, 0]
 
 
-# The CPU server's flags: no kernel of sglang's own, and little memory and idle work.
-CPU_SERVER_ARGS = [
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--disable-overlap-schedule", "--max-total-tokens", "4096"),
-    "--sleep-on-idle",
-]
-
-
-def launch_cpu_server(
-    model: str,
-    base_url: str,
-    backend: str,
-    other_args: Optional[List[str]] = None,
-    env: Optional[dict] = None,
-    log: Optional[TextIO] = None,
-):
-    """A real server on the CPU that emulates the MXFP8 kernels; stop it by its pid.
-
-    What it prints goes to `log` as well. Raises when it stops before it is healthy.
-    """
-    sleep = time.sleep
-    # Upstream's own asks for its health every ten seconds.
-    with mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.5))):
-        return popen_launch_server(
-            model,
-            base_url,
-            timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
-            other_args=[
-                *CPU_SERVER_ARGS,
-                *("--fp8-gemm-backend", backend),
-                *(other_args or []),
-            ],
-            env={
-                # popen_launch_server starts whatever python3 comes first.
-                "PATH": os.pathsep.join(
-                    [os.path.dirname(sys.executable), os.environ["PATH"]]
-                ),
-                "SGLANG_USE_CPU_ENGINE": "1",
-                "SGLANG_MXFP8_EMULATION": "1",
-                "TORCHDYNAMO_DISABLE": "1",
-                # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
-                "TRANSFORMERS_OFFLINE": "1",
-                **(env or {}),
-            },
-            return_stdout_stderr=(log, log) if log else None,
-            device="cpu",
-        )
-
-
-def post(base_url: str, path: str, **body) -> dict:
-    """A server's answer, as JSON."""
-    return requests.post(f"{base_url}{path}", json=body, timeout=120).json()
-
-
-def prompt_logprobs(base_url: str, input_ids: List[int]) -> torch.Tensor:
-    """Log probability of each prompt token but the first, from the server's /generate."""
-    answer = post(
-        base_url,
-        "/generate",
-        input_ids=input_ids,
-        sampling_params={"max_new_tokens": 1, "temperature": 0},
-        return_logprob=True,
-        logprob_start_len=0,
-    )
-    tokens = answer["meta_info"]["input_token_logprobs"]
-    return torch.tensor([token[0] for token in tokens[1:]])
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
 class CpuServer:
-    """A server on the CPU that runs within its context; `log` is what it prints."""
+    """A real server on the CPU that emulates the MXFP8 kernels and runs within its
+    context; `log` is what it prints. Raises when it stops before it is healthy."""
 
     def __init__(
         self, model: str, *args: str, backend="flashinfer_trtllm", env=None
     ) -> None:
         self.url, self.log = f"http://127.0.0.1:{free_port()}", io.StringIO()
-        self._launch = (model, self.url, backend, list(args), env, self.log)
+        self._model, self._env = model, env or {}
+        # No kernel of sglang's own, and little memory and idle work.
+        self._args = (
+            "--attention-backend torch_native --sampling-backend pytorch".split()
+        )
+        self._args += "--disable-overlap-schedule --max-total-tokens 4096".split()
+        self._args += ["--sleep-on-idle", "--fp8-gemm-backend", backend, *args]
         # Without a CUDA device tensors travel by file.
         torch.multiprocessing.set_sharing_strategy("file_system")
 
     def __enter__(self) -> "CpuServer":
-        self.process = launch_cpu_server(*self._launch)
+        # popen_launch_server starts whatever python3 comes first.
+        path = [os.path.dirname(sys.executable), os.environ["PATH"]]
+        sleep = time.sleep
+        # Upstream's own asks for its health every ten seconds.
+        with mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.5))):
+            self.process = popen_launch_server(
+                self._model,
+                self.url,
+                timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+                other_args=self._args,
+                env={
+                    "PATH": os.pathsep.join(path),
+                    "SGLANG_USE_CPU_ENGINE": "1",
+                    "SGLANG_MXFP8_EMULATION": "1",
+                    "TORCHDYNAMO_DISABLE": "1",
+                    # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
+                    "TRANSFORMERS_OFFLINE": "1",
+                    **self._env,
+                },
+                return_stdout_stderr=(self.log, self.log),
+                device="cpu",
+            )
         return self
 
     def __exit__(self, *_) -> None:
         kill_process_tree(self.process.pid)
 
     def post(self, path: str, **body) -> dict:
-        return post(self.url, path, **body)
+        """The server's answer, as JSON."""
+        return requests.post(f"{self.url}{path}", json=body, timeout=120).json()
 
     def logprobs(self, input_ids: List[int]) -> torch.Tensor:
-        return prompt_logprobs(self.url, input_ids)
+        """Log probability of each prompt token but the first."""
+        answer = self.post(
+            "/generate",
+            input_ids=input_ids,
+            sampling_params={"max_new_tokens": 1, "temperature": 0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        tokens = answer["meta_info"]["input_token_logprobs"]
+        return torch.tensor([token[0] for token in tokens[1:]])
 
     def update_from_disk(self, path: str) -> dict:
         return self.post("/update_weights_from_disk", model_path=path)

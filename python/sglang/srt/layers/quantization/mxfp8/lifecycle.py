@@ -184,7 +184,7 @@ def check_mxfp8_disk_update(
     try:
         # A repository of a hub is called "owner/name".
         if not os.path.isdir(model_path) and model_path.count("/") != 1:
-            raise UpdateRefused("it has no such name")
+            raise UpdateRefused("there is no such folder")
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         if not reads_files(loader.load_config):
             raise UpdateRefused(
@@ -202,8 +202,9 @@ def check_mxfp8_disk_update(
             )
     except Exception as error:
         refusal = error
-        if not os.path.isdir(model_path):
-            refusal = UpdateRefused(f"there is no such folder, nor on a hub: {error}")
+        if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
+            hub = f"nor such a model on a hub ({error})"
+            refusal = UpdateRefused(f"there is no such folder here, {hub}")
     try:
         agree_to_write(refusal)
     except UpdateRefused as error:

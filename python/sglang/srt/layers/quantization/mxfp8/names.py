@@ -388,7 +388,8 @@ def _refuse_kv_scale(
     cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
 ) -> None:
     """Raise ValueError for a scale that is not one positive number, and for another than
-    CUDA graphs may have kept: some attention kernels take it as a number of Python's."""
+    CUDA graphs may have kept: some attention kernels take it as a number of Python's.
+    """
     if scale.numel() != 1:
         raise ValueError(
             f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"

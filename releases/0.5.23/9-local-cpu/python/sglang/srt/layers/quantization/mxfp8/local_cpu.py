@@ -1,10 +1,11 @@
 """A CPU in the place of an SM100 GPU, for MXFP8 linears where SGLANG_MXFP8_EMULATION is on.
 
 sglang's own code runs as it is. What it asks of the GPU and of FlashInfer is replaced here,
-by name: two facts, the preparation of scales, the quantizer and the GEMM. Nothing here is
-for a server that should be fast.
+by name: two facts, the preparation of scales, the quantizer and the GEMM. Slow, and no
+measure of speed.
 """
 
+import logging
 from functools import lru_cache
 from typing import Tuple
 
@@ -16,10 +17,18 @@ from sglang.srt.layers.quantization.mxfp8 import emulation, numerics
 from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
 from sglang.srt.runtime_context import PlatformContext
 
+logger = logging.getLogger(__name__)
+
 
 @lru_cache(maxsize=None)
 def install() -> None:
-    """Let this process emulate; later calls do nothing."""
+    """Let this process emulate, unless it has the kernels; later calls do nothing."""
+    if fp8_utils.get_platform().is_blackwell:
+        return
+    logger.info(
+        "MXFP8 linears run on FlashInfer's kernels as emulated in torch, on "
+        "flashinfer_cutlass where --fp8-gemm-backend is auto"
+    )
     sm100 = PlatformContext()
     sm100._install(is_sm100=True, is_blackwell=True)
     fp8_utils.get_platform = lambda: sm100
