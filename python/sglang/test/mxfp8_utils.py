@@ -6,10 +6,8 @@ import io
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from random import Random
 from types import SimpleNamespace
@@ -98,20 +96,6 @@ def for_random(times: int, **choices: Sequence) -> Callable:
         return run
 
     return decorate
-
-
-def run_with_kernel(test: CustomTestCase, module: str, script: str, **env: str) -> None:
-    """Run `script` in a new Python, with a module of Triton kernels imported alone, as
-    `kernel`: Triton reads its environment when it is imported."""
-    script = f"import {module} as kernel\n" + textwrap.dedent(script)
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(weights.__file__), **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    test.assertEqual(result.returncode, 0, result.stdout)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
