@@ -31,12 +31,24 @@ K = 512
 # Heads of 32 rows; one key-value head goes to both of two ranks.
 HEADS, KV_HEADS, HEAD = 8, 1, 32
 GATE_UP, QKV = [256, 128], [HEADS * HEAD, KV_HEADS * HEAD, KV_HEADS * HEAD]
-RANKS = ((0, 1), (0, 2), (1, 2))  # (rank, of how many)
+ALONE, RANKS = ((0, 1),), ((0, 1), (0, 2), (1, 2))  # (rank, of how many)
+REPLICATED = ("k", "v")
 COLUMN, ROW = 0, 1  # the dimension that is split
+LAYERS = (  # class, its arguments, rows of each shard, shard ids, dimension
+    (ReplicatedLinear, (K, 256), [256], (None,), COLUMN),
+    (ColumnParallelLinear, (K, 256), [256], (None,), COLUMN),
+    (RowParallelLinear, (K, 256), [256], (None,), ROW),
+    (MergedColumnParallelLinear, (K, GATE_UP), GATE_UP, (0, 1), COLUMN),
+    (QKVParallelLinear, (K, HEAD, HEADS, KV_HEADS), QKV, "qkv", COLUMN),
+)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)
+
+
+def concatenated(tensors) -> torch.Tensor:
+    return torch.cat([as_bytes(t) for t in tensors]).view(tensors[0].dtype)
 
 
 def shard_of(tensor: torch.Tensor, rank: int, size: int, dim: int = COLUMN):
@@ -53,16 +65,16 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
         init_single_process_parallel_state()
         cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
 
-    def build(self, cls, *sizes, rank=None):
+    def build(self, cls, *sizes, rank=(0, 1)):
         """A layer of a rank, with a scale full of a byte that no test loads."""
-        ranks = dict(zip(("tp_rank", "tp_size"), rank)) if rank else {}
+        ranks = dict(zip(("tp_rank", "tp_size"), rank))
         layer = cls(
             *sizes,
             bias=False,
             params_dtype=torch.bfloat16,
             quant_config=mxfp8_config(serialized=self.serialized),
             prefix="m.proj",
-            **ranks,
+            **({} if cls is ReplicatedLinear else ranks),
         )
         layer.weight_scale_inv.data.fill_(255)
         return layer
@@ -74,7 +86,7 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
         layer.weight.weight_loader(layer.weight, weight, *shard_id)
         layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale, *shard_id)
 
-    def branches(self, ranks=RANKS):
+    def branches(self, ranks):
         """Each rank, on the CPU's loaders and on the GPU's."""
         for is_cpu in (True, False):
             cpu = [mock.patch.object(m, "_is_cpu", is_cpu) for m in (linear, parameter)]
@@ -87,22 +99,33 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
         self.assertTrue(same_bytes(layer.weight_scale_inv, scale))
         self.assertEqual(layer.mxfp8_weights.unwritten(), [])
 
-    def test_replicated(self):
-        tensors = random_mxfp8(256, K)
-        for _ in self.branches(ranks=RANKS[:1]):
-            layer = self.build(ReplicatedLinear, K, 256)
-            self.load(layer, tensors)
-            self.assert_holds(layer, *tensors[1:])
+    def test_every_class(self):
+        """As a checkpoint has it that is fused on disk, and shard by shard."""
+        for cls, sizes, rows, shard_ids, dim in LAYERS:
+            parts = [random_mxfp8(n, K, seed) for seed, n in enumerate(rows)]
+            ways = [[([concatenated(kind) for kind in zip(*parts)],)]]
+            if len(parts) > 1:
+                ways.append(list(zip(parts, shard_ids)))
+            for rank in self.branches(ALONE if cls is ReplicatedLinear else RANKS):
+                held = self.held_by(rank, parts, shard_ids, dim)
+                for loads in ways:
+                    layer = self.build(cls, *sizes, rank=rank)
+                    for tensors in loads:
+                        self.load(layer, *tensors)
+                    self.assert_holds(layer, *held)
 
-    def test_column_and_row(self):
-        tensors = random_mxfp8(256, K)
-        for cls, dim in (ColumnParallelLinear, COLUMN), (RowParallelLinear, ROW):
-            for rank in self.branches():
-                layer = self.build(cls, K, 256, rank=rank)
-                self.load(layer, tensors)
-                self.assert_holds(
-                    layer, *(shard_of(t, *rank, dim) for t in tensors[1:])
-                )
+    def held_by(self, rank, parts, shard_ids, dim) -> list:
+        """Bytes of the weight and of the scale that a rank has of these parts."""
+        weights, scales = zip(*(part[1:] for part in parts))
+        return [
+            torch.cat(
+                [
+                    as_bytes(t) if i in REPLICATED else shard_of(t, *rank, dim)
+                    for i, t in zip(shard_ids, kind)
+                ]
+            )
+            for kind in (weights, scales)
+        ]
 
     def test_a_checkpoint_that_ends_within_the_last_rank(self):
         """Its rest is zeros, as in Qwen2.5-VL's MLP."""
@@ -112,43 +135,10 @@ class TestE8M0ScalesOnEveryBranch(CustomTestCase):
                 torch.nn.functional.pad(as_bytes(tensor), (0, width))
                 for tensor, width in zip(tensors[1:], (rest, rest // 32))
             ]
-            for rank in self.branches(ranks=RANKS[1:]):
+            for rank in self.branches(RANKS[1:]):
                 layer = self.build(RowParallelLinear, K, 256, rank=rank)
                 self.load(layer, tensors)
                 self.assert_holds(layer, *(shard_of(t, *rank, ROW) for t in padded))
-
-    def assert_loads_fused(self, cls, sizes, rows, shard_ids, replicated=()):
-        """Shard by shard, and as a checkpoint has it that is fused on disk."""
-        parts = [random_mxfp8(n, K, seed) for seed, n in enumerate(rows)]
-        whole = [
-            torch.cat([as_bytes(t) for t in kind]).view(kind[0].dtype)
-            for kind in zip(*parts)
-        ]
-        for rank in self.branches():
-            held = [
-                torch.cat(
-                    [
-                        as_bytes(t) if i in replicated else shard_of(t, *rank)
-                        for i, t in zip(shard_ids, kind)
-                    ]
-                )
-                for kind in list(zip(*parts))[1:]
-            ]
-            layer = self.build(cls, *sizes, rank=rank)
-            for shard_id, part in zip(shard_ids, parts):
-                self.load(layer, part, shard_id)
-            self.assert_holds(layer, *held)
-            layer = self.build(cls, *sizes, rank=rank)
-            self.load(layer, whole)
-            self.assert_holds(layer, *held)
-
-    def test_merged(self):
-        sizes = K, GATE_UP
-        self.assert_loads_fused(MergedColumnParallelLinear, sizes, GATE_UP, (0, 1))
-
-    def test_qkv(self):
-        sizes = K, HEAD, HEADS, KV_HEADS
-        self.assert_loads_fused(QKVParallelLinear, sizes, QKV, "qkv", replicated="kv")
 
 
 class TestQuantizedOnEveryBranch(TestE8M0ScalesOnEveryBranch):
@@ -171,25 +161,23 @@ class TestQuantizedOnEveryBranch(TestE8M0ScalesOnEveryBranch):
         self.assertLessEqual(sum(layer.quantized), layer.weight.numel())
 
     def test_a_tensor_with_nan_or_infinity_is_refused_before_it_is_written(self):
+        layer = self.build(QKVParallelLinear, K, HEAD, HEADS, KV_HEADS)
+        weight = torch.ones(sum(QKV), K)
+        self.load(layer, (weight.bfloat16(),))
+        before = layer.weight.clone(), layer.weight_scale_inv.clone()
         for number in (float("nan"), float("inf"), -float("inf")):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                layer = self.build(QKVParallelLinear, K, HEAD, HEADS, KV_HEADS)
-                weight = torch.ones(QKV[0] + 2 * QKV[1], K, dtype=dtype)
-                self.load(layer, (weight,))
-                before = layer.weight.clone(), layer.weight_scale_inv.clone()
-                layer.mxfp8_weights.to_kernel_form()
-                bad = 2 * weight
+                bad = (2 * weight).to(dtype)
                 bad[-1, -1] = number
-                for tensor, part in ((bad, ""), (bad[-HEAD:], r" \(shard v\)")):
+                for tensor, shard in ((bad, ()), (bad[-HEAD:], ("v",))):
+                    layer.mxfp8_weights.to_kernel_form()
+                    part = r" \(shard v\)" if shard else ""
+                    message = f"m.proj.weight{part} holds NaN or infinity"
                     with self.subTest(number=number, dtype=dtype, part=part):
-                        shard = part[-4:-2] and ("v",)
-                        with self.assertRaisesRegex(
-                            ValueError, f"m.proj.weight{part} holds NaN or infinity"
-                        ):
+                        with self.assertRaisesRegex(ValueError, message):
                             self.load(layer, (tensor,), *shard)
                         layer.mxfp8_weights.to_checkpoint_form()
-                        self.assertTrue(same_bytes(layer.weight, before[0]))
-                        self.assertTrue(same_bytes(layer.weight_scale_inv, before[1]))
+                        self.assert_holds(layer, *before)
 
     def test_another_loader_that_does_not_copy_is_an_error(self):
         layer = self.build(ReplicatedLinear, K, 256)

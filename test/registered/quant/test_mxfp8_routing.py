@@ -1,26 +1,19 @@
-"""Which kernel runs an MXFP8 linear layer, and that each one computes it at the edges."""
+"""Which kernel runs an MXFP8 linear layer: flags, machines, shapes, settings, tables."""
 
 import contextlib
-import functools
 import json
 import tempfile
 import unittest
 from pathlib import Path
 from unittest import mock
 
-import flashinfer
 import torch
-from flashinfer.autotuner import AutoTuner, autotune
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
-from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import emulation, routing
-from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
+from sglang.srt.layers.quantization.mxfp8 import routing
 from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
-from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     CONFIG_DIR,
@@ -39,14 +32,12 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
-    init_single_process_parallel_state,
     mxfp8_config,
-    random_mxfp8,
-    reference_linear,
+    mxfp8_linear,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="default")
+register_cpu_ci(est_time=15, suite="default")
 
 ALL = (TRTLLM, CUTLASS, TRITON)
 
@@ -66,12 +57,6 @@ def machine(capability=None, flashinfer="0.6.7.post3", emulation=False):
             yield
 
 
-def load_unchecked(loader):
-    """A model of no model class, so that there is no copy to check updates with."""
-    with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-        return load_served_model(loader, None, None)
-
-
 class TestResolve(CustomTestCase):
     def test_auto_is_the_first_that_runs(self):
         for capability, found, expected in (
@@ -89,9 +74,12 @@ class TestResolve(CustomTestCase):
                 with machine(capability, found):
                     options = resolve_mxfp8_linear_backend("auto")
                     self.assertEqual(options.preferred, expected)
-                    self.assertTrue(options.is_auto)
         with machine(emulation=True):
-            self.assertEqual(resolve_mxfp8_linear_backend("auto").preferred, TRTLLM)
+            for flag in "auto", "flashinfer_trtllm":
+                options = resolve_mxfp8_linear_backend(flag)
+                self.assertEqual(options.preferred, TRTLLM)
+                # An explicit flag leaves a table no choice.
+                self.assertEqual(options.is_auto, flag == "auto")
         with machine((9, 0)):
             self.assertEqual(
                 resolve_mxfp8_linear_backend("triton").preferred, WEIGHT_ONLY
@@ -253,60 +241,74 @@ class TestSelect(CustomTestCase):
 class TestSettings(CustomTestCase):
     """Environment variables, through the real linear method and the summary line."""
 
-    def model(self, backend="flashinfer_trtllm", **environment):
+    def log(self, *shapes, **environment) -> str:
+        """What a server of such layers logs at start."""
         with contextlib.ExitStack() as stack:
             for name, value in environment.items():
                 stack.enter_context(getattr(envs, name).override(value))
-            layers = [build(*shape, backend) for shape in ((256, 512), (384, 512))]
-        model = torch.nn.ModuleList(layers)
+            model = torch.nn.ModuleList(mxfp8_linear(*shape) for shape in shapes)
         model.load_weights = lambda _: None
         loader = mock.Mock(load_config=LoadConfig())
         loader.load_model.return_value = model
-        with self.assertLogs("sglang", "INFO") as logs:
-            load_unchecked(loader)
-        return [layer.mxfp8_weights.choice for layer in layers], "\n".join(logs.output)
+        # It has no model class, so there is no copy to check updates with.
+        unchecked = envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True)
+        with unchecked, self.assertLogs("sglang", "INFO") as logs:
+            load_served_model(loader, None, None)
+        return "\n".join(logs.output)
 
-    def test_the_defaults(self):
-        (first, second), log = self.model()
-        self.assertEqual(first, second)
-        self.assertIn(
-            "MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
-            "(0 [256, 512], 1 [384, 512])",
-            log,
-        )
-        self.assertNotIn("matches", log)
-
-    def test_a_forced_backend(self):
-        for backend in "flashinfer_cutlass", "weight_only":
-            pattern = f"m.proj = {backend}, nothing=weight_only"
-            choices, log = self.model(SGLANG_MXFP8_LINEAR_BACKEND=pattern)
-            self.assertEqual({c.backend.value for c in choices}, {backend})
-            self.assertIn(f"2 on {backend} ", log)
-            self.assertIn(
-                f"since SGLANG_MXFP8_LINEAR_BACKEND has m.proj={backend}", log
-            )
-            self.assertRegex(log, "no MXFP8 layer of this model matches nothing")
-
-    def test_a_forced_layout(self):
-        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="8x4")
-        self.assertEqual({c.max_m_8x4 for c in choices}, {ANY_M})
-        self.assertIn("flashinfer_trtllm, 8x4 scales (", log)
-        choices, log = self.model(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="128x4")
-        self.assertEqual({c.max_m_8x4 for c in choices}, {0})
-        self.assertIn("flashinfer_trtllm, 128x4 scales (", log)
-
-    def test_an_explicit_flag_leaves_a_table_no_choice(self):
-        for flag in "flashinfer_trtllm", "flashinfer_cutlass", "auto":
-            with machine(emulation=True):
-                options = resolve_mxfp8_linear_backend(flag)
-            self.assertEqual(options.is_auto, flag == "auto")
+    def test_the_log_says_what_runs_where_and_why(self):
+        two = (256, 512), (384, 512)
+        forced = "m.proj = flashinfer_cutlass, nothing=weight_only"
+        for environment, shapes, *lines in (
+            (
+                {},
+                two,
+                r"MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
+                r"\(0 \[256, 512\], 1 \[384, 512\]\)$",
+                "emulated in torch",
+            ),
+            (
+                {},
+                ((576, 1536), (960, 576), (40, 576)),
+                r"1 on flashinfer_trtllm, 128x4 scales \(0 \[576, 1536\]\); ",
+                r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not",
+                r"weight_only \(2 .*smaller than 128",
+            ),
+            (
+                dict(SGLANG_MXFP8_LINEAR_BACKEND=forced),
+                two,
+                r"2 on flashinfer_cutlass .* since SGLANG_MXFP8_LINEAR_BACKEND has "
+                "m.proj=flashinfer_cutlass",
+                "no MXFP8 layer of this model matches nothing",
+            ),
+            (
+                dict(SGLANG_MXFP8_LINEAR_BACKEND="proj=weight_only"),
+                two,
+                r"2 on weight_only \(",
+            ),
+            (
+                dict(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="8x4"),
+                two,
+                r"2 on flashinfer_trtllm, 8x4 scales \(",
+            ),
+            (
+                dict(SGLANG_MXFP8_TRTLLM_SF_LAYOUT="128x4"),
+                two,
+                r"2 on flashinfer_trtllm, 128x4 scales \(",
+            ),
+        ):
+            with self.subTest(environment, shapes=shapes):
+                log = self.log(*shapes, **environment)
+                for line in lines:
+                    self.assertRegex(log, f"(?m){line}")
+                self.assertEqual("matches" in log, "nothing" in lines[-1])
 
     def test_a_k_that_is_no_mxfp8_is_refused_at_load(self):
         for n, k in (256, 144), (256, 400), (40, 72):
             with self.assertRaisesRegex(
                 ValueError, rf"m.proj \[{n}, {k}\].*K % 32.*modules_to_not_convert"
             ):
-                build(n, k, "flashinfer_trtllm")
+                mxfp8_linear(n, k)
 
     def test_flashinfer_switched_off_is_missing(self):
         with machine((10, 0)), mock.patch.object(
@@ -322,19 +324,14 @@ class TestSettings(CustomTestCase):
 
 
 class TestTable(CustomTestCase):
-    LAYERS = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
-
     def read(self, text: str):
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, config_file("Some GPU")).write_text(text)
             return tuned_layers(directory, "Some GPU", "0.6.7")
 
     def table(self, **changes) -> str:
-        table = {
-            "device_name": "Some GPU",
-            "flashinfer": "0.6.7",
-            "layers": self.LAYERS,
-        }
+        shape = {"N=2560,K=8192": {"max_m_8x4": 64, "backend": "flashinfer_cutlass"}}
+        table = dict(device_name="Some GPU", flashinfer="0.6.7", layers=shape)
         return json.dumps({**table, **changes})
 
     def test_a_table_is_read(self):
@@ -348,6 +345,14 @@ class TestTable(CustomTestCase):
         self.assertIn("SGLANG_MXFP8_CONFIG_DIR has no /no/such", logs.output[0])
 
     def test_a_wrong_or_stale_one_is_ignored_with_a_warning(self):
+        layers = (
+            ("2560x8192", {"max_m_8x4": 1}, "is not N="),
+            ("N=1,K=2", {"max_m_8x4": True}, "max_m_8x4 is True"),
+            ("N=1,K=2", {"max_m_8x4": -1}, "max_m_8x4 is -1"),
+            ("N=1,K=2", {"m": 1}, "unexpected keyword"),
+            ("N=1,K=2", {"max_m_8x4": 1, "backend": "x"}, "not a valid"),
+            ("N=1,K=2", {"max_m_8x4": 1, "backend": "weight_only"}, "backend is 'w"),
+        )
         for text, reason in (
             ("{", "Expecting"),
             ("[]", "no attribute"),
@@ -355,20 +360,7 @@ class TestTable(CustomTestCase):
             (self.table(device_name="Another"), "for device_name 'Another'"),
             (self.table(flashinfer="0.6.6"), "for flashinfer '0.6.6', this is '0.6.7'"),
             (self.table(rehearsal=True), "rehearsal"),
-            (self.table(layers={"2560x8192": {"max_m_8x4": 1}}), "is not N="),
-            (self.table(layers={"N=1,K=2": {"max_m_8x4": True}}), "max_m_8x4 is True"),
-            (self.table(layers={"N=1,K=2": {"max_m_8x4": -1}}), "max_m_8x4 is -1"),
-            (self.table(layers={"N=1,K=2": {"m": 1}}), "unexpected keyword"),
-            (
-                self.table(layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "x"}}),
-                "not a valid",
-            ),
-            (
-                self.table(
-                    layers={"N=1,K=2": {"max_m_8x4": 1, "backend": "weight_only"}}
-                ),
-                "backend is 'weight_only'",
-            ),
+            *((self.table(layers={shape: row}), why) for shape, row, why in layers),
             ("[" * 100_000, "recursion"),
         ):
             with self.subTest(reason), self.assertLogs("sglang", "WARNING") as logs:
@@ -378,287 +370,16 @@ class TestTable(CustomTestCase):
             )
 
     def test_a_layer_uses_the_table_of_this_machine(self):
-        layers = {"N=256,K=512": {"max_m_8x4": 3}}
         text = self.table(
-            device_name="cpu", flashinfer=flashinfer_version(), layers=layers
+            device_name="cpu",
+            flashinfer=flashinfer_version(),
+            layers={"N=256,K=512": {"max_m_8x4": 3}},
         )
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, config_file("cpu")).write_text(text)
             with envs.SGLANG_MXFP8_CONFIG_DIR.override(directory):
-                layer = build(256, 512, "flashinfer_trtllm")
+                layer = mxfp8_linear(256, 512)
         self.assertEqual(layer.mxfp8_weights.choice.max_m_8x4, 3)
-
-
-class TestAutotuning(CustomTestCase):
-    """FlashInfer's own tuner, around a stubbed GEMM."""
-
-    def tuning_in_gemm(self, version: str, use_8x4: bool) -> bool:
-        seen = []
-
-        def mm_mxfp8(*_, use_8x4_sf_layout):
-            seen.append(AutoTuner.get().is_tuning_mode)
-
-        with mock.patch.object(fp8_utils, "flashinfer_version", lambda: version):
-            guarded = fp8_utils._without_autotuning(mm_mxfp8, AutoTuner.get())
-            guarded(use_8x4_sf_layout=use_8x4)
-            self.assertEqual(seen, [False])  # nobody tunes
-            with autotune():
-                guarded(use_8x4_sf_layout=use_8x4)
-                self.assertTrue(AutoTuner.get().is_tuning_mode)
-        return seen[1]
-
-    def test_the_gemm_is_not_tuned_before_0_6_14_nor_with_8x4(self):
-        self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=False))
-        self.assertFalse(self.tuning_in_gemm("0.6.13.post1", use_8x4=False))
-        self.assertFalse(self.tuning_in_gemm("0.6.7.post3", use_8x4=True))
-        self.assertFalse(self.tuning_in_gemm("0.6.14", use_8x4=True))
-        self.assertTrue(self.tuning_in_gemm("0.6.14", use_8x4=False))
-
-    def test_others_are_tuned_after_it_failed_and_the_log_says_so_once(self):
-        fp8_utils._say_not_tuned.cache_clear()
-        failing = mock.Mock(side_effect=MemoryError)
-        guarded = fp8_utils._without_autotuning(failing, AutoTuner.get())
-        with autotune(), self.assertLogs("sglang", "INFO") as logs:
-            for _ in range(2):
-                with self.assertRaises(MemoryError):
-                    guarded(use_8x4_sf_layout=False)
-                self.assertTrue(AutoTuner.get().is_tuning_mode)
-        self.assertEqual(len(logs.output), 1)
-        self.assertIn("autotuner passes over MXFP8", logs.output[0])
-
-    def test_a_layer_is_not_tuned(self):
-        seen = []
-
-        def mm_mxfp8(*args, **kwargs):
-            seen.append(AutoTuner.get().is_tuning_mode)
-            return emulation.mm_mxfp8(*args, **kwargs)
-
-        def mxfp8_quantize(x, sf_swizzle_layout):
-            self.assertEqual(sf_swizzle_layout, flashinfer.SfLayout.layout_8x4)
-            return emulation.mxfp8_quantize(x, True)
-
-        layer, weight, scale = loaded(256, 512, "flashinfer_trtllm")
-        x = torch.randn(3, 512).bfloat16()
-        self.addCleanup(fp8_utils._kernels.cache_clear)
-        fp8_utils._kernels.cache_clear()
-        with mock.patch.object(
-            fp8_utils, "mxfp8_kernels_missing", lambda _: ""
-        ), mock.patch.multiple(
-            flashinfer, mm_mxfp8=mm_mxfp8, mxfp8_quantize=mxfp8_quantize
-        ), autotune():
-            output = layer(x)[0]
-        self.assertEqual(seen, [False])
-        assert_linear(self, output, x, weight, scale)
-
-
-def build(n: int, k: int, backend: str, dtype=torch.bfloat16, **kwargs):
-    init_single_process_parallel_state()
-    with fp8_gemm_backend(backend):
-        return ReplicatedLinear(
-            k,
-            n,
-            bias=kwargs.pop("bias", False),
-            params_dtype=dtype,
-            quant_config=mxfp8_config(),
-            prefix="m.proj",
-        )
-
-
-def loaded(n: int, k: int, backend: str, **kwargs):
-    """A layer in kernel form, with its e4m3 weight and scale."""
-    layer = build(n, k, backend, **kwargs)
-    _, weight, scale = random_mxfp8(n, k)
-    layer.weight.weight_loader(layer.weight, weight)
-    layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer, weight, scale
-
-
-def assert_linear(test, output, x, weight, scale, bias=None):
-    expected = reference_linear(x, weight, scale)
-    if bias is not None:
-        expected = expected + bias
-    test.assertEqual(output.dtype, x.dtype)
-    torch.testing.assert_close(output, expected.to(x.dtype), rtol=0.02, atol=0.05)
-
-
-def triton_linear(
-    input, weight, weight_scale, input_scale=None, bias=None, output_dtype=None
-):
-    """A stand-in for upstream's Triton linear, as strict as it is."""
-    assert input.is_contiguous() and input.shape[0] > 0
-    assert weight.shape[0] % 128 == 0 and weight.shape[1] % 128 == 0
-    values = input
-    if input_scale is None:
-        values, input_scale = quantize(input)
-    assert input_scale.shape == (input.shape[0], input.shape[1] // 32)
-    x = dequantize(values, input_scale).double()
-    return (x @ dequantize(weight, weight_scale).double().t()).to(output_dtype)
-
-
-CASES = (
-    (TRTLLM, 256, 512, torch.bfloat16),  # 8x4 up to M = 128
-    (TRTLLM, 160, 768, torch.bfloat16),  # N % 128 != 0: 128x4
-    (TRTLLM, 2688, 256, torch.bfloat16),  # wide: 128x4
-    (CUTLASS, 256, 288, torch.bfloat16),  # K / 32 = 9: padded groups
-    (CUTLASS, 160, 576, torch.float16),
-    (TRITON, 256, 384, torch.bfloat16),
-    (TRITON, 128, 128, torch.float16),
-    (WEIGHT_ONLY, 40, 96, torch.bfloat16),
-    (WEIGHT_ONLY, 1000, 288, torch.float16),
-    (WEIGHT_ONLY, 40, 96, torch.float32),
-)
-
-
-def on_every_backend(test):
-    """Run test(self, layer, weight, scale) for each of CASES, with a bias."""
-
-    @functools.wraps(test)
-    def run(self):
-        with mock.patch.object(
-            fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
-        ), mock.patch.multiple(
-            routing,
-            is_cuda=lambda: True,
-            is_sm100_supported=lambda: True,
-            get_device_capability=lambda: (12, 0),
-        ):
-            for backend, n, k, dtype in CASES:
-                flag = "flashinfer_trtllm" if backend == WEIGHT_ONLY else backend.value
-                layer, weight, scale = loaded(n, k, flag, dtype=dtype, bias=True)
-                layer.bias.data.normal_()
-                with self.subTest(backend=backend.value, n=n, k=k, dtype=dtype):
-                    self.assertEqual(layer.mxfp8_weights.backend, backend)
-                    test(self, layer, weight, scale)
-
-    return run
-
-
-class TestEveryBackend(CustomTestCase):
-    """The real linear method over backends, M, N, K and dtypes, kernels emulated."""
-
-    def assert_layer(self, layer, weight, scale, x):
-        expected_x = x.contiguous()
-        if layer.mxfp8_weights.backend.is_weight_only():
-            expected = reference_linear(expected_x, weight, scale, quantize_input=False)
-            expected = (expected + layer.bias).to(x.dtype)
-            output = layer(x)[0]
-            self.assertEqual(output.dtype, x.dtype)
-            torch.testing.assert_close(output, expected, rtol=0.02, atol=0.15)
-        else:
-            assert_linear(self, layer(x)[0], expected_x, weight, scale, layer.bias)
-
-    @on_every_backend
-    def test_every_m(self, layer, weight, scale):
-        for m in (1, 2, 7, 8, 9, 127, 128, 129, 300):
-            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
-            self.assert_layer(layer, weight, scale, x)
-
-    @on_every_backend
-    def test_no_tokens(self, layer, weight, scale):
-        n, k = weight.shape
-        for shape in (0, k), (2, 0, k), (0, 3, k):
-            x = torch.randn(shape).to(layer.params_dtype)
-            output = layer(x)[0]
-            self.assertEqual(output.shape, (*shape[:-1], n))
-            self.assertEqual(output.dtype, x.dtype)
-
-    @on_every_backend
-    def test_leading_dimensions_and_strides(self, layer, weight, scale):
-        k, dtype = weight.shape[1], layer.params_dtype
-        for x in (
-            torch.randn(2, 3, k),
-            torch.randn(k),
-            torch.randn(2, 3, 1, k),
-            torch.randn(5, 2 * k)[:, ::2],
-            torch.randn(k, 5).t(),
-            torch.randn(2, k, 3).transpose(1, 2),
-            torch.randn(4, k)[::2],
-        ):
-            x = x.to(dtype)
-            self.assert_layer(layer, weight, scale, x)
-
-    @on_every_backend
-    def test_quantized_input_with_a_linear_or_a_128x4_scale(self, layer, weight, scale):
-        def apply(values, x_scale):
-            return layer.quant_method.apply(layer, (values, x_scale))
-
-        for m in (0, 5, 130):
-            x = torch.randn(m, weight.shape[1]).bfloat16()
-            values, x_scale = quantize(x)
-            strided = values.t().contiguous().t()
-            for given in (
-                (values, x_scale),
-                (values, swizzle_scale(x_scale)),
-                (values, x_scale.view(torch.float8_e8m0fnu)),
-                (strided, x_scale.t().contiguous().t()),
-            ):
-                assert_linear(self, apply(*given), x, weight, scale)
-        x = torch.randn(2, 3, weight.shape[1]).bfloat16()
-        values, x_scale = quantize(x.flatten(0, 1))
-        output = apply(values.view(2, 3, -1), x_scale.view(2, 3, -1))
-        assert_linear(self, output, x, weight, scale)
-        for wrong in (
-            x_scale[:5],
-            x_scale.t(),
-            torch.cat([x_scale, x_scale]),
-            swizzle_scale(x_scale)[:-1],
-            x_scale.float(),
-        ):
-            with self.assertRaisesRegex(ValueError, r"must be uint8 \[6, .*128x4"):
-                apply(values, wrong)
-
-    @on_every_backend
-    def test_nan_and_infinity_give_what_the_quantizer_makes_of_them(
-        self, layer, weight, scale
-    ):
-        x = torch.randn(4, weight.shape[1]).to(layer.params_dtype)
-        clean = layer(x)[0]
-        x[1, 3], x[2, 40] = float("nan"), float("inf")
-        output = layer(x)[0]
-        self.assertTrue(output[1].isnan().all())
-        if not layer.mxfp8_weights.backend.is_weight_only():
-            expected = reference_linear(x[2:3], weight, scale) + layer.bias
-            torch.testing.assert_close(
-                output[2:3], expected.to(x.dtype), rtol=0.02, atol=0.05, equal_nan=True
-            )
-        for row in 0, 3:
-            self.assertTrue(torch.equal(output[row], clean[row]))
-
-    def test_the_kernels_get_the_layout_of_the_rule(self):
-        for n, k, up_to in (256, 512, 128), (160, 768, 0), (2688, 256, 0):
-            layer, _, _ = loaded(n, k, "flashinfer_trtllm")
-            for m in (1, 128, 129):
-                with self.subTest(n=n, m=m), mock.patch.object(
-                    emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
-                ) as gemm:
-                    fp8_utils._kernels.cache_clear()
-                    layer(torch.randn(m, k).bfloat16())
-                    use_8x4 = gemm.call_args.kwargs["use_8x4_sf_layout"]
-                    self.assertEqual(use_8x4, m <= up_to)
-        fp8_utils._kernels.cache_clear()
-
-    @on_every_backend
-    def test_compiled_once_for_every_m(self, layer, weight, scale):
-        """One op per linear; the layout changes inside it, and nothing is recompiled."""
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(
-            lambda x: layer(x)[0], backend=counter, dynamic=True, fullgraph=True
-        )
-        for m in (2, 8, 9, 128, 129, 300):
-            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
-            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
-        self.assertEqual(counter.frame_count, 1)
-        ops = [
-            node
-            for node in counter.graphs[0].graph.nodes
-            if node.op == "call_function" and "sglang" in str(node.target)
-        ]
-        self.assertEqual(len(ops), 1, ops)
-        for m in (0, 1):  # torch.compile specializes on both
-            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
-            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
     init_single_process_parallel_state,
     mxfp8_config,
+    only_on,
     reference_linear,
     reference_logprobs,
     tiny_llama_tensors,
@@ -110,6 +111,9 @@ class TestRealModel(CustomTestCase):
         return layer
 
 
+@only_on(
+    "0.5.9"
+)  # both backends are compared by layer on 0.5.23, and it logs otherwise
 class TestTinyModels(CustomTestCase):
     # gate_up has N = 3072, which the rule leaves to 128x4; the others are narrow.
     sizes = dict(intermediate_size=1536, vocab_size=512)

@@ -19,13 +19,13 @@ from sglang.srt.distributed import get_pp_group, get_tp_group
 from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
-from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.headers import read_index, reads_files
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
+    with_mxfp8_names,
 )
-from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     Mxfp8LinearChoice,
@@ -38,6 +38,7 @@ from sglang.srt.layers.quantization.mxfp8.update_check import (
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
+    refuse_twice,
 )
 from sglang.srt.layers.quantization.mxfp8.weights import (
     Mxfp8LinearWeights,
@@ -93,7 +94,7 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
         check_kernels(layers, _from_every_rank)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
-    check = _update_check(model_config, model)
+    check = update_check_of(model_config, model)
     if check is not None:
         check.follow(model)
     model.load_weights = _managed(model, check, layers)
@@ -126,13 +127,13 @@ def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None
     the model, which is built, would not take them. Reads their headers only."""
     if not is_mxfp8_model(model) or not reads_files(loader.load_config):
         return
-    check = _update_check(model_config, model)
+    check = update_check_of(model_config, model)
     if check is not None:
         source = loader.Source.init_new(model_config, model)
         check.files(*_files_of(loader, source), rename=_renamed_by(loader, source))
 
 
-def _update_check(model_config, model) -> Optional[UpdateCheck]:
+def update_check_of(model_config, model) -> Optional[UpdateCheck]:
     """The check of a model that is built, made once; None where it is given up."""
     if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
         logger.warning(ACCEPT_UNCHECKED)
@@ -191,7 +192,7 @@ def check_mxfp8_disk_update(
             )
         source = loader.Source.init_new(model_config, model)
         source.model_or_path = model_path
-        check = _update_check(model_config, model)
+        check = update_check_of(model_config, model)
         if check is not None:
             check.files(
                 *_files_of(loader, source),
@@ -201,6 +202,9 @@ def check_mxfp8_disk_update(
             )
     except Exception as error:
         refusal = error
+        if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
+            hub = f"nor such a model on a hub ({error})"
+            refusal = UpdateRefused(f"there is no such folder here, {hub}")
     try:
         agree_to_write(refusal)
     except UpdateRefused as error:
@@ -212,6 +216,8 @@ def _files_of(loader, source) -> Tuple[List[str], bool]:
     """A checkpoint's files, and whether they are safetensors."""
     from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
 
+    if os.path.isdir(source.model_or_path):
+        read_index(source.model_or_path)
     # The load verifies checksums itself.
     args = get_global_server_args()
     checksum, args.model_checksum = args.model_checksum, None
@@ -310,7 +316,8 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
     for path, module in model.named_modules():
         if any(is_mxfp8_expert(module, p) for p in module.parameters(recurse=False)):
             refuse_experts(n for n, _ in named_tensors if n.startswith(f"{path}."))
-    refuse_bad_kv_scales(named_tensors)
+    refuse_twice(named_tensors)
+    refuse_bad_kv_scales(model, named_tensors)
     refuse_non_finite(named_tensors)
 
 

@@ -8,6 +8,7 @@ import copy
 from typing import Any, Callable, Iterator, Set
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def build_on_meta(
@@ -36,7 +37,7 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     ropes = dict(_ROPE_DICT)  # a real model must not find those of one on meta
     set_offloader(NoopOffloader())
     try:
-        with set_default_torch_dtype(dtype), torch.device("meta"):
+        with set_default_torch_dtype(dtype), torch.device("meta"), _Numbers():
             yield
     finally:
         set_offloader(offloader)
@@ -46,12 +47,26 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class _Numbers(TorchFunctionMode):
+    """What is made of Python's numbers stays on the CPU: some constructors read it back."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_number = function is torch.tensor and isinstance(args[0], (int, float))
+        if is_number or function is torch.linspace:
+            kwargs = {"device": "cpu", **kwargs}
+        return function(*args, **kwargs)
+
+
 class Probe(torch.Tensor):
     """A meta tensor that knows which tensors of a checkpoint it is made of.
 
     `load.write(probe, target, place)` is called when it is copied into `target`, or into
     a `place` in it; `load.read(probe)` when its number is asked for, which is 0.
+    `is_rearranged` says that its elements may be in another order than the checkpoint's.
     """
+
+    is_rearranged = False
 
     # What else is asked of it costs a call of __torch_function__.
     device = torch.device("meta")
@@ -71,15 +86,17 @@ class Probe(torch.Tensor):
                 source.load.write(source, args[0], place)
             if not args[0].is_meta:
                 return args[0]  # made on a device by name: nothing can be copied there
+        if function is _ITEM:
+            args[0].load.read(args[0])
+            return 0.0
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
         if function is _COPY or function is _SET_ITEM:
             return result
-        if function is _ITEM:
-            args[0].load.read(args[0])
-            return 0.0
         if isinstance(result, torch.Tensor):
-            return cls._derived(result, args)
+            derived = cls._derived(result, args)
+            derived.is_rearranged |= _rearranges(function, args)
+            return derived
         if type(result) in (tuple, list):
             return type(result)(cls._derived(part, args) for part in result)
         return result
@@ -93,8 +110,22 @@ class Probe(torch.Tensor):
         origins = sources[0].origins
         if len(sources) > 1:
             origins = origins.union(*(source.origins for source in sources))
-        return cls.of(result, origins, sources[0].load)
+        derived = cls.of(result, origins, sources[0].load)
+        derived.is_rearranged = any(source.is_rearranged for source in sources)
+        return derived
 
 
+def _rearranges(function: Callable, args: tuple) -> bool:
+    by_index = function is torch.Tensor.__getitem__ and torch.is_tensor(args[1])
+    return by_index or function in _REARRANGING
+
+
+_REARRANGING = {
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("flip", "gather", "index_select", "movedim", "permute", "roll")
+    + ("swapaxes", "t", "take", "transpose")
+}
+_REARRANGING |= {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
 _COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
 _ITEM = torch.Tensor.item
