@@ -1,6 +1,7 @@
 """What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -145,7 +146,12 @@ def reference_linear(
 
 
 def mxfp8_linear(
-    n, k: int, backend="flashinfer_trtllm", cls=ReplicatedLinear, serialized=True, **more
+    n,
+    k: int,
+    backend="flashinfer_trtllm",
+    cls=ReplicatedLinear,
+    serialized=True,
+    **more,
 ):
     """A linear [N, K] as a model on that backend builds it; `n` may be the widths of a
     merged one, `more` is the class's."""
@@ -448,6 +454,23 @@ def reference_logprobs(model: torch.nn.Module, input_ids: List[int]) -> torch.Te
     logits = model(torch.tensor([input_ids])).logits[0, :-1].float()
     targets = torch.tensor(input_ids[1:]).unsqueeze(1)
     return logits.log_softmax(-1).gather(1, targets)[:, 0]
+
+
+def assert_as_close_as_bf16(
+    served: torch.Tensor, model: torch.nn.Module, input_ids: List[int], times: float
+) -> None:
+    """Log probabilities of the last tokens are no further from a transformers model in
+    fp32 than `times` what running that in bf16 moves it by."""
+    expected = reference_logprobs(model, input_ids)
+    in_bf16 = reference_logprobs(copy.deepcopy(model).bfloat16(), input_ids)
+    bf16_error = (in_bf16 - expected).abs().mean()
+    error = (served - expected[-len(served) :]).abs().mean()
+    print(
+        f"mean |logprob - transformers fp32|: served {error:.3f}, "
+        f"transformers bf16 {bf16_error:.3f}; mean logprob: served "
+        f"{served.mean():.3f}, transformers fp32 {expected.mean():.3f}"
+    )
+    assert error < times * bf16_error, (error, bf16_error)
 
 
 # The CPU server's flags: no kernel of sglang's own, and little memory and idle work.
