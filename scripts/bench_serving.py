@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """Measure sglang's MXFP8 backends with real servers, or rehearse that on a CPU.
 
-    bench_serving.py --model MODEL [--bf16-model MODEL] RESULTS [-- SERVER ARGUMENT...]
-    bench_serving.py --rehearse RESULTS
+    bench_serving.py RESULTS --model MODEL [--bf16-model MODEL] [-- SERVER ARGUMENT...]
+    bench_serving.py RESULTS --rehearse
 
-A server for each backend is launched, warmed up, measured by sglang.bench_serving in a
-prefill-heavy and a decode-heavy case at several concurrencies, updated from disk, and
-asked GSM8K's questions by sglang's own evaluation. The servers take turns over the
-repeats. Interrupted, the same command goes on where it stopped.
+A server for each backend is launched, measured by sglang.bench_serving in a prefill-heavy
+and a decode-heavy case at several concurrencies, updated from disk, and asked GSM8K's
+questions by sglang's own evaluation. The servers take turns over the repeats. Interrupted,
+the same command goes on where it stopped.
 
 RESULTS/environment.json   the machine, the versions, and what all servers share
+RESULTS/self_check.txt     the kernels of the model's shapes against plain torch
 RESULTS/REPEAT-SERVER/     CASE-cN.jsonl as bench_serving wrote it, updated.json (updates
                            and GSM8K), all logs, and failed.txt of a run that failed
 RESULTS/report.md          made of these by report.py
@@ -32,11 +33,10 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import distribution, distributions
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, STDOUT, Popen
+from subprocess import DEVNULL, STDOUT, Popen
 
 from in_venv import run_in_venv
 
@@ -56,12 +56,8 @@ LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 OURS = (LAYOUT, "SGLANG_MXFP8_LINEAR_BACKEND", "SGLANG_MXFP8_EMULATION")
 PACKAGES = ("sglang", "flashinfer-python", "flashinfer-cubin", "torch", "triton")
 # sglang's kernels and CUDA graphs need a GPU; memory is left for others.
-CPU_FLAGS = [
-    "--device=cpu",
-    "--attention-backend=torch_native",
-    "--max-total-tokens=8192",
-]
-CPU_FLAGS += ["--sampling-backend=pytorch", "--disable-overlap-schedule"]
+CPU_FLAGS = "--device=cpu --attention-backend=torch_native --sampling-backend=pytorch "
+CPU_FLAGS += "--disable-overlap-schedule --max-total-tokens=8192"
 EMULATION = {
     "SGLANG_MXFP8_EMULATION": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -71,49 +67,33 @@ EMULATION = {
     "PYTHONPATH": str(ROOT / "scripts" / "cpu_stand_ins"),
     "OMP_NUM_THREADS": "1",  # threads that wait for each other crawl on a shared machine
 }
-# Asked of the code that decides it in a server, in a process of its own: a CUDA context
-# would stay on the GPU that is measured.
-ASK_FOR_KERNELS = """
-import sys
-from sglang.srt.layers.quantization.fp8 import resolve_mxfp8_linear_backend
-[resolve_mxfp8_linear_backend(backend) for backend in sys.argv[1:]]
-"""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server to compare: its --fp8-gemm-backend (None: the model before its conversion),
-    what its environment adds, and whether it is measured unasked and in a rehearsal."""
-
-    backend: str | None
-    env: dict[str, str] = field(default_factory=dict)
-    default: bool = True
-    emulated: bool = True
-
-
+# What each server adds: its --fp8-gemm-backend (None: the model before its conversion),
+# and its environment.
 SERVERS = {
-    "bf16": Server(None),
-    "auto": Server("auto", default=False),
-    "triton": Server("triton", emulated=False),
-    "flashinfer_cutlass": Server("flashinfer_cutlass"),
-    "flashinfer_trtllm": Server("flashinfer_trtllm"),
-    "flashinfer_trtllm_8x4": Server("flashinfer_trtllm", {LAYOUT: "8x4"}),
-    "flashinfer_trtllm_128x4": Server("flashinfer_trtllm", {LAYOUT: "128x4"}),
+    "bf16": (None, {}),
+    "auto": ("auto", {}),
+    "triton": ("triton", {}),
+    "flashinfer_cutlass": ("flashinfer_cutlass", {}),
+    "flashinfer_trtllm": ("flashinfer_trtllm", {}),
+    "flashinfer_trtllm_8x4": ("flashinfer_trtllm", {LAYOUT: "8x4"}),
+    "flashinfer_trtllm_128x4": ("flashinfer_trtllm", {LAYOUT: "128x4"}),
 }
 SELF_CHECK = "sglang.srt.layers.quantization.mxfp8.self_check"
 UPDATES = 5
-# Tokens in and out of a case's requests, and of GSM8K's answers; what SMALL overrides.
+# A case is the tokens in and out of its requests.
 FULL = {
     "cases": {"prefill": (4096, 64), "decode": (128, 1024)},
+    "servers": [name for name in SERVERS if name not in ("bf16", "auto")],
     "answer_tokens": 512,
 }
 SMALL = {
     "cases": {"prefill": (64, 2), "decode": (16, 6)},
+    "servers": ["flashinfer_cutlass", "flashinfer_trtllm"],
     "concurrency": [1, 2],
     "repeats": 1,
     "questions": 3,
     "answer_tokens": 16,
-    "model": str(REHEARSAL_MODEL) + "-MXFP8",
+    "model": f"{REHEARSAL_MODEL}-MXFP8",
     "bf16_model": str(REHEARSAL_MODEL),
     "gsm8k": str(ROOT / "benchmark" / "mxfp8" / "questions.jsonl"),
 }
@@ -125,64 +105,34 @@ class Failed(Exception):
 
 
 def parse_arguments(arguments: list[str]) -> Session:
+    """The arguments, with `env` for all programs. Raises OSError without a GSM8K file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    rehearse = "--rehearse" in arguments[:at]
     add = parser.add_argument
     add("results", type=Path, help="a folder, new or of the same measurement")
-    add("--model", help="an MXFP8 checkpoint: its folder or its name")
-    add("--bf16-model", metavar="MODEL", help="the same before its conversion")
+    add("--model", help="an MXFP8 checkpoint", required=not rehearse)
+    add("--bf16-model", metavar="MODEL", help="the same in bf16, to be measured, too")
     add("--tp", type=int, default=1, help="the GPUs of a server")
-    add("--servers", metavar="NAME,...", help=f"of {', '.join(SERVERS)}")
+    add("--servers", nargs="+", choices=[*SERVERS], metavar="NAME")
     add("--concurrency", nargs="+", type=int, default=[1, 8, 32, 128, 512])
     add("--repeats", type=int, default=3)
     add("--gsm8k", metavar="FILE", help="GSM8K's test.jsonl (default: downloaded)")
     add("--questions", type=int, default=1319, help="of GSM8K; 0 asks none")
     add("--rehearse", action="store_true", help="on the CPU, with a small model")
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    parser.set_defaults(**SMALL if "--rehearse" in arguments[:at] else FULL)
+    parser.set_defaults(**SMALL if rehearse else FULL)
     session = parser.parse_args(arguments[:at])
     session.arguments = arguments[at + 1 :]
-    session.servers = (session.servers or default_servers(session)).split(",")
-    if problem := argument_problem(session):
-        parser.error(problem)
-    complete(session)
-    return session
-
-
-def default_servers(session: Session) -> str:
-    return ",".join(
-        name
-        for name, server in SERVERS.items()
-        if server.default and (server.backend or session.bf16_model)
-        if server.emulated or not session.rehearse
-    )
-
-
-def argument_problem(session: Session) -> str:
-    """What is wrong with the arguments, or ""."""
-    unknown = [name for name in session.servers if name not in SERVERS]
-    if unknown:
-        return f"--servers: there is no {unknown[0]!r}; choose of {', '.join(SERVERS)}"
-    if not session.model:
-        return "--model is needed, or --rehearse, which has its own"
-    if session.rehearse and not Path(session.model).is_dir():
-        return f"{session.model} is missing: ./scripts/serve.sh --ask Hello makes it"
-    if "bf16" in session.servers and not session.bf16_model:
-        return "--servers bf16 needs --bf16-model"
-    if min(session.tp, session.repeats, *session.concurrency) < 1:
-        return "--tp, --repeats and --concurrency begin at 1"
-    if session.gsm8k and not Path(session.gsm8k).is_file():
-        return f"--gsm8k: {session.gsm8k} is no file"
-    return ""
-
-
-def complete(session: Session) -> None:
-    """Add the programs' environment, and what a rehearsal needs; make paths absolute."""
     session.env = {k: v for k, v in os.environ.items() if k not in OURS}
-    if session.rehearse:
-        session.arguments = [*CPU_FLAGS, *session.arguments]
+    if session.bf16_model:
+        session.servers = ["bf16", *session.servers]
+    if rehearse:
+        session.arguments = [*CPU_FLAGS.split(), *session.arguments]
         session.env |= EMULATION
+        if not Path(session.model).is_dir():
+            parser.error(f"no {session.model}: ./scripts/serve.sh --ask Hello makes it")
     for name in ("model", "bf16_model", "gsm8k"):
         value = getattr(session, name)
         if value and Path(value).exists():
@@ -190,19 +140,7 @@ def complete(session: Session) -> None:
     if session.gsm8k:
         lines = Path(session.gsm8k).read_text().strip().splitlines()
         session.questions = min(session.questions, len(lines))
-
-
-def check_machine(session: Session, gpus: list[str]) -> None:
-    """Raises Failed unless this machine runs every server that is asked for."""
-    way_out = "--servers chooses others; --rehearse runs on the CPU, emulated."
-    if not session.rehearse and session.tp > len(gpus):
-        raise Failed(f"{session.tp} GPUs needed, {len(gpus)} visible. {way_out}")
-    backends = {SERVERS[name].backend for name in session.servers} - {None}
-    command = [sys.executable, "-W", "ignore", "-c", ASK_FOR_KERNELS, *sorted(backends)]
-    try:
-        subprocess.check_output(command, env=session.env, text=True, stderr=PIPE)
-    except subprocess.CalledProcessError as error:
-        raise Failed(f"{error.stderr.strip().splitlines()[-1]}\n{way_out}") from None
+    return session
 
 
 def visible_gpus() -> list[str]:
@@ -211,11 +149,6 @@ def visible_gpus() -> list[str]:
     command = ["nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader"]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     command += [] if visible is None else ["-i", visible or "none"]
-    return tell(command)
-
-
-def tell(command: list[str]) -> list[str]:
-    """The lines that a program prints; [] where it fails or is not there."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return subprocess.check_output(command, text=True, stderr=DEVNULL).splitlines()
     return []
@@ -229,20 +162,14 @@ def describe(session: Session, gpus: list[str]) -> dict:
         "env": {k: v for k, v in session.env.items() if k.startswith("SGLANG_")},
         "gpus": gpus,
         "cpu": re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[:1],
-        "cores": len(os.sched_getaffinity(0)),
-        "python": sys.version.split()[0],
         "versions": {d.name: d.version for d in distributions() if d.name in PACKAGES},
         "sglang_files": hashlib.sha256("\n".join(sorted(files)).encode()).hexdigest(),
-        "all_servers": {name: asdict(server) for name, server in SERVERS.items()},
+        "all_servers": SERVERS,
     }
-    ask_git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
     # What may be another at the next time, since it changes no figure.
     growing = ("results", "servers", "repeats", "concurrency")
-    settings["last_session"] = {name: settings.pop(name) for name in growing} | {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": ["scripts/bench_serving.py", *sys.argv[1:]],
-        "revision": tell(ask_git),
-    }
+    settings["last_session"] = {name: settings.pop(name) for name in growing}
+    settings["last_session"]["started"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     # `/home/me/model` and `https://host/model` become `model`.
     text = json.dumps(settings, indent=1, default=str)
     return json.loads(re.sub(r'(?<=[\s"\'=:,])([/~][^\s"\',]*)?/', "", text))
@@ -304,46 +231,56 @@ def log_end(log: Path) -> str:
     return "\n".join([f"The end of {log}:", *log.read_text().splitlines()[-20:]])
 
 
+def self_check(session: Session) -> None:
+    """Compare the kernels of the model's shapes with plain torch, once."""
+    told = session.results / "self_check.txt"
+    if not told.exists():
+        partly = told.with_suffix(".partial")
+        run(session, SELF_CHECK, ["--model", session.model, "--tp", session.tp], partly)
+        partly.rename(told)
+
+
+def is_healthy(port: int) -> bool:
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"http://{HOST}:{port}/health", timeout=10).ok
+    return False
+
+
 @contextlib.contextmanager
-def running_server(session: Session, server: Server, model: str, folder: Path):
+def running_server(session: Session, name: str, folder: Path):
     """Yields the port of a server that is ready, and that is stopped afterwards."""
+    backend, env = SERVERS[name]
+    model = session.model if backend else session.bf16_model
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
     flags = [*session.arguments, "--model-path", model, "--tp", session.tp]
-    flags += ["--fp8-gemm-backend", server.backend] if server.backend else []
+    flags += ["--fp8-gemm-backend", backend] if backend else []
     flags += ["--host", HOST, "--port", port]
     log = folder / f"server-{len(list(folder.glob('server-*.log'))) + 1}.log"
-    process = start(session, "sglang.launch_server", flags, log, **server.env)
+    process = start(session, "sglang.launch_server", flags, log, **env)
     try:
-        wait_until_ready(process, port, log)
-        if bool(server.backend) != ("MXFP8 linear layers: " in log.read_text()):
+        deadline = time.monotonic() + START_LIMIT_S
+        while not is_healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise Failed(f"the server did not start\n{log_end(log)}")
+            time.sleep(0.5)
+        if bool(backend) != ("MXFP8 linear layers: " in log.read_text()):
             raise Failed(f"{Path(model).name} is not in the format of this server")
         yield port
     finally:
         stop_group(process)
 
 
-def wait_until_ready(process: Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(requests.RequestException):
-            if requests.get(f"http://{HOST}:{port}/health", timeout=10).ok:
-                return
-        time.sleep(0.5)
-    raise Failed(f"the server did not start\n{log_end(log)}")
-
-
-def bench(
-    session: Session, model: str, case: str, n: int, port: int, output: Path
-) -> str:
-    """Let bench_serving send requests of the case, up to n at a time."""
+def bench(session: Session, case: str, n: int, port: int, output: Path) -> str:
+    """Let bench_serving send requests of the case, up to n at a time, and n before."""
     tokens_in, tokens_out = session.cases[case]
     count = 4 * n + 4
     output.unlink(missing_ok=True)
-    flags = ["--backend", "sglang", "--host", HOST, "--port", port, "--model", model]
-    flags += ["--dataset-name", "random-ids", "--tokenize-prompt", "--flush-cache"]
+    flags = ["--backend", "sglang", "--host", HOST, "--port", port]
+    flags += ["--model", session.model, "--warmup-requests", n, "--flush-cache"]
+    flags += ["--dataset-name", "random-ids", "--tokenize-prompt", "--disable-tqdm"]
     flags += ["--random-input-len", tokens_in, "--random-output-len", tokens_out]
-    flags += ["--random-range-ratio", 1, "--num-prompts", count, "--disable-tqdm"]
+    flags += ["--random-range-ratio", 1, "--num-prompts", count]
     flags += ["--max-concurrency", n, "--output-file", output]
     flags += ["--tag", "rehearsal" if session.rehearse else "measured"]
     run(session, "sglang.bench_serving", flags, output.with_suffix(".log"))
@@ -356,11 +293,10 @@ def bench(
 def update_and_ask(session: Session, model: str, port: int, output: Path) -> str:
     """Load the same weights again, several times, and ask GSM8K's questions of them."""
     result = {"rehearsal": session.rehearse, "update_s": []}
+    url = f"http://{HOST}:{port}/update_weights_from_disk"
     for _ in range(UPDATES):
-        begin, url = time.perf_counter(), f"http://{HOST}:{port}"
-        answer = requests.post(
-            f"{url}/update_weights_from_disk", json={"model_path": model}, timeout=3600
-        )
+        begin = time.perf_counter()
+        answer = requests.post(url, json={"model_path": model}, timeout=3600)
         if not answer.ok or not answer.json()["success"]:
             raise Failed(f"the weight update was refused: {answer.text[:1000]}")
         result["update_s"].append(time.perf_counter() - begin)
@@ -378,23 +314,20 @@ def update_and_ask(session: Session, model: str, port: int, output: Path) -> str
     return ", ".join(f"{name} {value}" for name, value in result.items())
 
 
-def measure(session: Session, server: Server, folder: Path) -> None:
+def measure(session: Session, server: str, folder: Path) -> None:
     """Make the files that a run lacks. Raises Failed."""
-    model = session.model if server.backend else session.bf16_model
     steps = {
-        f"{case}-c{n}.jsonl": partial(bench, session, model, case, n)
+        f"{case}-c{n}.jsonl": partial(bench, session, case, n)
         for case in session.cases
         for n in session.concurrency
     }
+    model = session.model if SERVERS[server][0] else session.bf16_model
     steps["updated.json"] = partial(update_and_ask, session, model)
     left = [name for name in steps if not (folder / name).exists()]
     if not left:
         return
     folder.mkdir(exist_ok=True)
-    with running_server(session, server, model, folder) as port:
-        for case in session.cases:
-            warm_up = folder / f"warm-up-{case}.partial"
-            bench(session, model, case, max(session.concurrency), port, warm_up)
+    with running_server(session, server, folder) as port:
         for name in left:
             partly = folder / f"{name}.partial"
             say(f"  {name}: {steps[name](port, partly)}")
@@ -412,28 +345,27 @@ def measure_all(session: Session) -> list[str]:
         failed = folder / "failed.txt"
         failed.unlink(missing_ok=True)
         try:
-            measure(session, SERVERS[name], folder)
+            measure(session, name, folder)
         except (Failed, requests.RequestException) as error:
-            failed.write_text(f"{REHEARSAL if session.rehearse else ''}\n{error}\n")
+            failed.write_text(f"{error}\n")
             failures.append(f"FAILED: {folder.name}: {str(error).splitlines()[0]}")
             say(f"FAILED: {error}")
     return failures
 
 
 def main() -> int:
-    session = parse_arguments(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
             signal.signal(number, signal.default_int_handler)
-    if session.rehearse:
-        say(REHEARSAL)
     try:
+        session = parse_arguments(sys.argv[1:])
         gpus = [] if session.rehearse else visible_gpus()
-        check_machine(session, gpus)
+        if not session.rehearse and session.tp > len(gpus):
+            raise Failed(f"{session.tp} GPUs needed, {len(gpus)} visible; --rehearse?")
+        say(REHEARSAL if session.rehearse else "\n".join(gpus))
         session.results.mkdir(parents=True, exist_ok=True)
         write_environment(session.results / "environment.json", describe(session, gpus))
-        flags = ["--model", session.model, "--tp", session.tp]
-        run(session, SELF_CHECK, flags, session.results / "self_check.txt")
+        self_check(session)
         failures = measure_all(session)
     except (Failed, OSError) as error:
         say(f"bench_serving.py: {error}")

@@ -1,8 +1,23 @@
-# Sourced by the scripts beside it: uv, `.venv`, and the way to install into it once.
+# Sourced by the scripts beside it: the release, uv, its environment, and the way to install
+# into that once.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=$ROOT/.venv
 UV_VERSION=0.13.9
+DEFAULT_RELEASE=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/upstream.toml")
+
+# use_release VERSION: sets what differs between the releases of sglang. Scripts that are
+# started from here use it, too.
+use_release() {
+    export MXFP8_RELEASE=$1
+    RELEASE=$1 EDITS=releases/$1 VENV=$ROOT/.venv-$1 LOCK=lock-$1.txt
+    if [[ $1 == "$DEFAULT_RELEASE" ]]; then
+        EDITS=upstream.toml VENV=$ROOT/.venv LOCK=lock.txt
+    elif [[ ! -f $ROOT/$EDITS/upstream.toml ]]; then
+        echo "No release $1 here: $DEFAULT_RELEASE $(ls "$ROOT/releases")" >&2
+        exit 2
+    fi
+}
+use_release "${MXFP8_RELEASE:-$DEFAULT_RELEASE}"
 
 # locked COMMAND...: runs COMMAND while no other process installs anything in this tree.
 # Within itself, also in scripts that COMMAND starts, it does not wait.
@@ -19,7 +34,7 @@ locked() {
     ) 9>"$ROOT/.cache/setup.lock"
 }
 
-# install_once NAME WANT COMMAND...: runs COMMAND, which installs into `.venv`, unless the last
+# install_once NAME WANT COMMAND...: runs COMMAND, which installs into `VENV`, unless the last
 # one for NAME ended well and had the same WANT.
 install_once() {
     is_installed "$1" "$2" || locked install_now "$@"
@@ -62,14 +77,14 @@ install_uv() {
     "$ROOT/.cache/uv/bin/python" -m pip install "uv==$UV_VERSION" >&2
 }
 
-# Makes `.venv`, with Python 3.11 or 3.12.
+# Makes `VENV`, with Python 3.11 or 3.12.
 ensure_venv() {
     local check='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
     "$VENV/bin/python" -c "$check" 2>/dev/null ||
         "$UV" venv --clear --no-python-downloads --python '>=3.11,<3.13' "$VENV" >&2
 }
 
-# ensure_requirements FILE [OPTION...]: installs a file of requirements/ into `.venv`, with
+# ensure_requirements FILE [OPTION...]: installs a file of requirements/ into `VENV`, with
 # these options of `uv pip install`.
 ensure_requirements() {
     install_once "$1" "$(digest "requirements/$1")" install_requirements "$@"

@@ -1,4 +1,5 @@
-"""Scripts that run themselves by the Python of `.venv`, whichever one they were started by."""
+"""Scripts that run themselves by the Python of `.venv`, whichever one they were started by;
+that of another release, `.venv-VERSION`, goes on."""
 
 import importlib.util
 import os
@@ -15,7 +16,8 @@ def run_in_venv(needs: str = "sglang") -> None:
     as on a machine with an environment of its own, a Python that has the package `needs`
     goes on; another one exits with 2 and one line on stderr.
     """
-    if Path(sys.prefix).resolve() == VENV.resolve():
+    running = Path(sys.prefix).resolve()
+    if running == VENV.resolve() or running.match(f"{VENV.parent}/.venv-*"):
         return
     python = VENV / "bin" / "python"
     if python.exists():

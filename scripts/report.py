@@ -29,8 +29,7 @@ METRICS = {  # fields of bench_serving
 BASES = ("bf16", "triton", "flashinfer_cutlass")
 KEYS = ["case", "concurrency", "repeat"]
 # Okabe and Ito's, for the colour-blind, with a darker yellow.
-COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900 #56b4e9".split()
-MARKERS = "oPsDv^X*"
+COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900".split()
 LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 
 
@@ -72,9 +71,9 @@ def routing(folder: Path, server: str) -> str:
     return (re.findall("MXFP8 linear layers: (.*)", "\n".join(logs)) or [""])[-1]
 
 
-def label(name: str, server: dict, runs_on: str) -> str:
+def label(name: str, backend: str | None, env: dict, runs_on: str) -> str:
     """The server's name, and what it promises although no layer uses it."""
-    backend, layout = server["backend"], server["env"].get(LAYOUT)
+    layout = env.get(LAYOUT)
     promised = {backend: f" on {backend}", layout: f", {layout} scales"}
     for word in (backend, layout):
         if word not in (None, "auto") and promised[word] not in runs_on:
@@ -86,8 +85,8 @@ def problems(folder: Path, runs: set[str]) -> list[str]:
     """Why runs failed, and the files that a run lacks although others have them."""
     lines = []
     for failed in sorted(folder.glob("*-*/failed.txt")):
-        told = [x for x in failed.read_text().splitlines() if "REHEARSAL" not in x]
-        lines.append(f"- `{failed.parent.name}` failed: {told[0]}")
+        why = failed.read_text().splitlines()[0]
+        lines.append(f"- `{failed.parent.name}` failed: {why}")
     files = {path.name for path in folder.glob("*-*/*.json*") if path.suffix != ".log"}
     for run in sorted(runs):
         if lacks := sorted(f for f in files if not (folder / run / f).exists()):
@@ -132,55 +131,28 @@ def updated_table(updated: pandas.DataFrame) -> str:
 def draw(
     figures: pandas.DataFrame, metric: str, labels: dict, base: str | None
 ) -> pyplot.Figure:
-    """A column for each case: the metric, and below it its ratio to `base`."""
-    cases, (title, better) = figures.case.unique(), METRICS[metric]
-    figure = pyplot.figure(figsize=(13, 9 if base else 5), layout="constrained")
-    panels = figure.subplots(2 if base else 1, len(cases), squeeze=False)
-    for column, case in zip(panels.T, cases):
-        here = figures[figures.case == case]
-        draw_servers(column[0], here, metric, labels)
-        column[0].set(title=case, ylabel=title)
-        if here[metric].max() > 20 * here[metric].min() > 0:
-            column[0].set_yscale("log")
-            column[0].yaxis.set_major_formatter("{x:g}")
-        else:
-            column[0].set_ylim(0, 1.08 * here[metric].max())
+    """A panel for each case, with bars from zero: the ratio to `base`, or the metric."""
+    title, better = METRICS[metric]
+    figure, panels = pyplot.subplots(
+        1, figures.case.nunique(), figsize=(13, 5), layout="constrained", squeeze=False
+    )
+    for axes, (case, here) in zip(panels[0], figures.groupby("case", sort=False)):
+        field = f"{metric}_ratio" if base else metric
+        grouped = here.groupby(["concurrency", "server"])[field]
+        median, low, high = (
+            frame.unstack()[[*labels]].rename(columns=labels)
+            for frame in (grouped.median(), grouped.min(), grouped.max())
+        )
+        errors = [[median[c] - low[c], high[c] - median[c]] for c in median]
+        median.plot.bar(ax=axes, color=COLORS, yerr=errors, legend=False, rot=0)
+        axes.set(title=case, xlabel="Concurrency (requests)", ylabel=title)
         if base:
-            ratio = here[f"{metric}_ratio"]
-            draw_servers(column[1], here, ratio.name, labels)
-            column[1].axhline(1, color="black", linewidth=1.2)
-            # So that 2 % look like 2 %.
-            column[1].set_ylim(
-                min(0.8, 0.95 * ratio.min()), max(1.25, 1.05 * ratio.max())
-            )
-            column[1].set_ylabel(f"Ratio to {base} ({better})")
-        column[-1].set_xlabel("Concurrency (requests)")
+            axes.set_ylabel(f"{title.split(' (')[0]}, ratio to {base} ({better})")
+            axes.axhline(1, color="black", linewidth=1.2)
+        axes.spines[["top", "right"]].set_visible(False)
     handles = panels[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
-
-
-def draw_servers(
-    axes: pyplot.Axes, figures: pandas.DataFrame, field: str, labels: dict
-) -> None:
-    """Each server's median and range, side by side at each concurrency."""
-    ticks = sorted(figures.concurrency.unique())
-    for style, (server, text) in enumerate(labels.items()):
-        own = figures[figures.server == server].groupby("concurrency")[field]
-        middle = own.median()
-        shift = 0.7 * ((style + 0.5) / len(labels) - 0.5)
-        axes.errorbar(
-            [ticks.index(c) + shift for c in middle.index],
-            middle,
-            yerr=[middle - own.min(), own.max() - middle],
-            color=COLORS[style % len(COLORS)],
-            marker=MARKERS[style % len(MARKERS)],
-            linewidth=0.8,
-            label=text,
-        )
-    axes.set(xlim=(-0.6, len(ticks) - 0.4), xticks=range(len(ticks)), xticklabels=ticks)
-    axes.grid(axis="y", color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def write_plots(folder: Path, figures: pandas.DataFrame, *drawn) -> None:
@@ -208,7 +180,7 @@ def write_report(folder: Path, base: str | None = None) -> Path:
     figures.to_csv(folder / "figures.csv", index=False)
     runs_on = {name: routing(folder, name) for name in measured}
     labels = {
-        name: label(name, servers[name], f" {runs_on[name]}") for name in measured
+        name: label(name, *servers[name], f" {runs_on[name]}") for name in measured
     }
     write_plots(folder, figures, labels, base)
     runs = {f"{repeat}-{name}" for repeat in figures.repeat for name in measured}
@@ -224,10 +196,8 @@ def write_report(folder: Path, base: str | None = None) -> Path:
         parts += [serving_table(here, base)]
     if not updated.empty:
         parts += ["## Weight updates and accuracy", updated_table(updated)]
-    parts += [
-        "## Machine and settings",
-        f"```\n{json.dumps(environment, indent=1)}\n```",
-    ]
+    settings = json.dumps(environment, indent=1)
+    parts += ["## Machine and settings", f"```\n{settings}\n```"]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
     return folder / "report.md"
 

@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
 """Writes the table of which layer goes where into docs/serving.md, from the code that decides.
 
-Needs the .venv that ./scripts/setup.sh makes. Without --check it rewrites the page.
+Needs the .venv that ./scripts/setup.sh makes.
 """
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 from in_venv import run_in_venv
 
-if __name__ == "__main__" and importlib.util.find_spec("sglang") is None:
-    run_in_venv()
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if importlib.util.find_spec("sglang") is None:
+        run_in_venv()
 
 import torch
 
@@ -78,18 +79,5 @@ def rewritten(page: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="exit 1 if it would change"
-    )
-    check = parser.parse_args().check
-    old = PAGE.read_text()
-    if check:
-        return int(rewritten(old) != old)
-    PAGE.write_text(rewritten(old))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(rewritten(PAGE.read_text()))

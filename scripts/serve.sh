@@ -3,7 +3,8 @@ set -euo pipefail
 
 usage() {
     cat <<'USAGE'
-Usage: ./scripts/serve.sh [--ask QUESTION] [--model MODEL] [--port PORT] [-- ARGUMENT...]
+Usage: ./scripts/serve.sh [--ask QUESTION] [--model MODEL] [--port PORT] [--release VERSION]
+                          [-- ARGUMENT...]
 
 Sets up .venv on the first run (see ./scripts/setup.sh --help) and serves an MXFP8 model with
 the patched sglang, on the GPU, or emulated on the CPU where no CUDA device is visible.
@@ -13,6 +14,8 @@ the patched sglang, on the GPU, or emulated on the CPU where no CUDA device is v
                   hub, ORGANISATION/NAME, which the server downloads (default:
                   SmolLM2-135M-Instruct, downloaded and converted on the first run)
   --port PORT     default 30000
+  --release VERSION
+                  of sglang: 0.5.23 has an environment of its own (default: 0.5.9)
   -- ARGUMENT...  for sglang.launch_server; they come last, so they override the defaults,
                   e.g. -- --fp8-gemm-backend flashinfer_cutlass
 USAGE
@@ -23,18 +26,19 @@ fail() {
     exit "${2:-1}"
 }
 
-question="" model="" host=127.0.0.1 port=30000 arguments=()
+question="" model="" release="" host=127.0.0.1 port=30000 arguments=()
 
 parse_arguments() {
     while (($#)); do
         case $1 in
             -h | --help) usage && exit ;;
-            --ask | --model | --port)
+            --ask | --model | --port | --release)
                 [[ -n ${2-} ]] || fail "$1 needs a value (see --help)" 2
                 case $1 in
                     --ask) question=$2 ;;
                     --model) model=$2 ;;
                     --port) port=$2 ;;
+                    --release) release=$2 ;;
                 esac
                 shift 2
                 ;;
@@ -147,8 +151,8 @@ wait_until_healthy() {
         fi
         sleep 1
     done
-    grep -ao 'MXFP8 linear layers: .*' "$log" >&2 ||
-        echo "$log names no MXFP8 linear layers" >&2
+    grep -ao 'MXFP8 linear.*' "$log" >&2 ||
+        echo "$log says nothing of MXFP8 linear layers" >&2
     echo "The server is ready after $((SECONDS - started)) s" >&2
 }
 
@@ -199,6 +203,7 @@ main() {
     parse_arguments "$@"
     # shellcheck source=scripts/setup.sh
     source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+    [[ -z $release ]] || use_release "$release"
     claim_port
     setup
     if [[ -z $model ]]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Brings .venv up to date: the pinned packages of requirements/lock.txt, and the patched
-# wheel built from this tree. Run it, or source it and call `setup`.
+# Brings a release's environment up to date: the pinned packages of requirements/lock*.txt,
+# and the patched wheel built from this tree. Run it, or source it and call `setup`.
 set -euo pipefail
 
 # shellcheck source=scripts/env.sh
@@ -13,19 +13,19 @@ unset PYTHONDONTWRITEBYTECODE
 setup() {
     ensure_uv
     ensure_tools
-    [[ -e $VENV/.lock.txt-stamp ]] ||
+    [[ -e $VENV/.$LOCK-stamp ]] ||
         echo "The first run installs about 10 GB, which takes minutes" >&2
-    ensure_requirements lock.txt --no-deps
-    install_once wheel "$(digest python scripts/overlay scripts/patchset upstream.toml)" \
+    ensure_requirements "$LOCK" --no-deps
+    install_once wheel "$(digest python scripts/overlay scripts/patchset "$EDITS")" \
         install_patched_wheel
 }
 
 install_patched_wheel() {
     echo "Building the patched wheel" >&2
-    rm -rf "$ROOT"/dist/sglang-*.whl
-    "$ROOT/scripts/patchset" wheel --output "$ROOT/dist" >&2
+    rm -rf "$ROOT/dist/sglang-$RELEASE+"*.whl
+    "$ROOT/scripts/patchset" wheel --release "$RELEASE" --output "$ROOT/dist" >&2
     "$UV" pip install --python "$VENV/bin/python" --no-deps --reinstall-package sglang \
-        "$ROOT"/dist/sglang-*.whl >&2
+        "$ROOT/dist/sglang-$RELEASE+"*.whl >&2
 }
 
 # SmolLM2-135M-Instruct in MXFP8, from its package and converted on the first call.
@@ -56,20 +56,22 @@ use_cpu_stand_ins() {
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    [[ ${1-} != --release ]] || { use_release "${2-none}" && shift 2; }
     case ${1-} in
         "") setup ;;
         -h | --help)
             cat <<'USAGE'
-Usage: ./scripts/setup.sh
+Usage: ./scripts/setup.sh [--release VERSION]
 
 Brings .venv up to date: the packages of requirements/lock.txt and the patched sglang, built
-from this tree. serve.sh and test.sh call it.
+from this tree. With --release 0.5.23 it is .venv-0.5.23, lock-0.5.23.txt and that release's
+sglang. serve.sh and test.sh call it.
 
 It needs Linux, Python 3.11 or 3.12 and a package index; no GPU. The first run takes minutes
 and about 10 GB, later ones a second where nothing changed. Safe to interrupt: what was
 under way is done again by the next run.
 USAGE
             ;;
-        *) echo "setup.sh: it takes no arguments (see --help)" >&2 && exit 2 ;;
+        *) echo "setup.sh: unknown argument $1 (see --help)" >&2 && exit 2 ;;
     esac
 fi

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 set -euo pipefail
 
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup.sh
+source scripts/setup.sh
+[[ ${1-} != --release ]] || { use_release "${2-none}" && shift 2; }
+
 case ${1-} in
     -h | --help)
         cat <<'USAGE'
-Usage: ./scripts/test.sh [PYTEST_ARGUMENT...]
+Usage: ./scripts/test.sh [--release VERSION] [PYTEST_ARGUMENT...]
 
 Sets up .venv (see ./scripts/setup.sh --help), gets the model that the tests serve, and runs
 all tests: the registered ones as sglang's CI does, each file in a process of its own, and
 beside them the rest with pytest. No GPU is needed; with one, the tests for it run, too.
+With --release 0.5.23 it is the tests that the stack in releases/0.5.23 brings.
 
 With arguments, pytest alone runs, e.g. ./scripts/test.sh test/tools -x; all of them are
 listed by .venv/bin/python -m pytest --help.
@@ -17,9 +23,6 @@ USAGE
         ;;
 esac
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-# shellcheck source=scripts/setup.sh
-source scripts/setup.sh
 setup
 get_default_model
 export MXFP8_TEST_MODEL=$DEFAULT_MODEL
@@ -31,6 +34,7 @@ fi
 export SGLANG_TEST_MAX_RETRY=0
 
 reports=.cache/reports
+[[ $RELEASE == "$DEFAULT_RELEASE" ]] || reports+=-$RELEASE
 pytest=("$VENV/bin/python" -m pytest --durations=8)
 run_suite=("$VENV/bin/python" test/run_suite.py)
 
@@ -58,5 +62,23 @@ run_everything() {
     exit "$status"
 }
 
+# The tests of another release's stack: of its own folders, and those of ours that it brings.
+run_release() {
+    local status=0 part files shared
+    rm -rf "$reports"
+    for part in "$EDITS"/*/test/registered; do
+        # Each pull request names what it patches.
+        SGLANG_MXFP8_EMULATION=0 "${run_suite[@]}" --suite all --root "$part" \
+            --reports "$reports/$(basename "${part%/test/registered}")" || status=1
+    done
+    files=$(grep -ho 'test/registered/[^"]*' "$EDITS"/*/pr.toml | sort -u)
+    mapfile -t shared <<<"$files"
+    "${run_suite[@]}" --suite all --reports "$reports/shared" "${shared[@]}" || status=1
+    "${pytest[@]}" --junitxml="$reports/e2e.xml" test/e2e/test_serve_smollm2.py || status=1
+    "${run_suite[@]}" --total "$reports" || status=1
+    exit "$status"
+}
+
 (($# == 0)) || exec "${pytest[@]}" --junitxml=.cache/junit.xml "$@" </dev/null
+[[ $RELEASE == "$DEFAULT_RELEASE" ]] || run_release </dev/null
 run_everything </dev/null

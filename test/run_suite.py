@@ -8,7 +8,7 @@ PATH.log. An import error, a crash, a hang and a file without tests are failures
 .venv (./scripts/setup.sh).
 
 exit status:
-  0    no test failed and at least one ran (a skipped one did not), or the shard is empty
+  0    no test failed and at least one ran (a skipped one did not)
   1    a test or a file failed; with --total, also a part in which no test ran
   2    nothing to run (no such suite, no such file, all disabled), nothing that ran (all
        skipped), or wrong arguments
@@ -33,7 +33,7 @@ from in_venv import run_in_venv
 
 if __name__ == "__main__":
     run_in_venv()
-from sglang.test.ci.ci_register import CIRegistry, ut_parse_one_file
+from sglang.test.ci.ci_register import CIRegistry, collect_tests
 
 GRACE_S = 10  # for a hanging process to write where it hangs
 XMLRUNNER = "-u -X faulthandler -m xmlrunner discover -v".split()
@@ -43,25 +43,14 @@ OUTCOMES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
 def select(found: list[CIRegistry], args: argparse.Namespace) -> list[CIRegistry]:
     """The registrations that the arguments ask for, one a file. Raises ValueError."""
     fitting = [r for r in found if r.backend.name == args.hw.upper()]
-    asked = [r for r in fitting if args.suite in ("all", r.suite)]
-    if not asked:
+    files = {r.filename: r for r in fitting if args.suite in ("all", r.suite)}
+    if not files:
         suites = ", ".join(sorted({r.suite for r in fitting})) or "none"
         raise ValueError(f"no file for {args.hw} {args.suite}; suites: {suites}")
-    files = {r.filename: r for r in asked}
     wanted = [str(Path(name).resolve()) for name in args.files] or list(files)
     if unknown := [name for name in wanted if name not in files]:
         raise ValueError(f"not registered for this suite: {', '.join(unknown)}")
     return [files[name] for name in wanted]
-
-
-def partition(files: list[CIRegistry], index: int, size: int) -> list[CIRegistry]:
-    """Shard `index` of `size`: the longest file first, to the shard with least to do."""
-    loads, shards = [0.0] * size, [[] for _ in range(size)]
-    for file in sorted(files, key=lambda file: (-file.est_time, file.filename)):
-        target = loads.index(min(loads))
-        loads[target] += file.est_time
-        shards[target].append(file)
-    return shards[index]
 
 
 def read_cases(report: Path) -> list[tuple[str, str]]:
@@ -144,8 +133,8 @@ def run_file(file: str, args: argparse.Namespace) -> Counter:
 
 
 def run_suite(args: argparse.Namespace) -> int:
-    tests = sorted(args.root.rglob("test_*.py"))
-    found = [registry for test in tests for registry in ut_parse_one_file(str(test))]
+    tests = sorted(map(str, args.root.rglob("test_*.py")))
+    found = collect_tests(tests, sanity_check=False)
     if args.registered_files:
         print("\n".join(sorted({registry.filename for registry in found})))
         return 0
@@ -153,15 +142,13 @@ def run_suite(args: argparse.Namespace) -> int:
     for file in filter(lambda file: file.disabled, files):
         print(f"disabled: {file.filename}: {file.disabled}")
     enabled = [file for file in files if not file.disabled]
-    shard = partition(enabled, args.auto_partition_id, args.auto_partition_size)
     counts = Counter()
-    for position, file in enumerate(shard, 1):
+    for position, file in enumerate(enabled, 1):
         name = Path(file.filename).relative_to(args.root)
-        print(f"[{position}/{len(shard)}] {name} ... ", end="", flush=True)
+        print(f"[{position}/{len(enabled)}] {name} ... ", end="", flush=True)
         counts += run_file(file.filename, args)
     print(summary(counts), flush=True)
-    is_good = counts["passed"] or (enabled and not shard)
-    return 1 if counts["failed"] else 0 if is_good else 2
+    return 1 if counts["failed"] else 0 if counts["passed"] else 2
 
 
 def print_total(parts: list[Path]) -> int:
@@ -185,8 +172,6 @@ def main(argv: list[str] | None = None) -> int:
     add("files", nargs="*", metavar="FILE", help="run these files of the suite only")
     add("--hw", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--suite", default="default", help='default: "default"; "all" is every suite')
-    add("--auto-partition-id", type=int, default=0, metavar="I")
-    add("--auto-partition-size", type=int, default=1, metavar="N")
     add("--registered-files", action="store_true", help="print every registered file")
     add("--total", nargs="+", type=Path, metavar="REPORTS", help="add up JUnit reports")
     add("--timeout-per-file", type=float, default=900, metavar="SECONDS")
@@ -194,8 +179,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--root", type=Path, default=REPOSITORY / "test/registered", metavar="DIR")
     args = parser.parse_args(argv)
     args.reports, args.root = args.reports.resolve(), args.root.resolve()
-    if not 0 <= args.auto_partition_id < args.auto_partition_size:
-        parser.error("--auto-partition-id is not in 0..N-1")
     try:
         return print_total(args.total) if args.total else run_suite(args)
     except (SyntaxError, ValueError) as error:  # of a registration, or nothing to run

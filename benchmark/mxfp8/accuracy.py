@@ -86,12 +86,10 @@ def measure(args: argparse.Namespace, name: str) -> tuple[str, numpy.ndarray]:
     models = ["--model", str(args.mxfp8), "--bf16-model", str(args.bf16)]
     flags = ["no folder", *rehearse, *models, "--tp", args.tp, "--", *args.arguments]
     session = bench_serving.parse_arguments(flags)
-    server = bench_serving.SERVERS[name]
-    model = session.model if server.backend else session.bf16_model
-    ids = tokenize(model)[: args.tokens]
+    ids = tokenize(session.model)[: args.tokens]
     starts = range(0, len(ids) - args.window + 1, args.window)
     with tempfile.TemporaryDirectory() as folder:
-        running = bench_serving.running_server(session, server, model, Path(folder))
+        running = bench_serving.running_server(session, name, Path(folder))
         with running as port:
             url = f"http://{bench_serving.HOST}:{port}"
             logprobs = [

@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 
 import black
 import isort
@@ -54,12 +55,11 @@ def merge(text: Source, overlay: Source) -> str:
 
 def tidy(upstream: str, merged: str) -> str:
     """The merged text in upstream's lint format, as far as upstream's text is."""
-    blacken = lambda text: black.format_str(text, mode=black.Mode())
-    is_black = blacken(upstream) == upstream
+    is_black = _black(upstream) == upstream
     for formatted in (
         lambda text: _ruff(_CHECK, text).stdout,  # removes unused imports
         lambda text: isort.code(text, config=_ISORT),
-        blacken if is_black else lambda text: _ruff("format", text).stdout,
+        _black if is_black else lambda text: _ruff("format", text).stdout,
     ):
         tidied = formatted(merged)
         if tidied != merged and formatted(upstream) == upstream:
@@ -72,6 +72,12 @@ def undefined(text: str) -> set[str]:
     return set(re.findall(r"F821.* Undefined name `(\w+)`", _ruff(_CHECK, text).stderr))
 
 
+@cache
+def _black(text: str) -> str:
+    return black.format_str(text, mode=black.Mode())
+
+
+@cache
 def _ruff(command: str, text: str) -> subprocess.CompletedProcess:
     run = [sys.executable, "-m", "ruff", *command.split(), "--isolated", "--quiet", "-"]
     return subprocess.run(run, input=text, capture_output=True, text=True)

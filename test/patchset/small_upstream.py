@@ -47,6 +47,7 @@ UPSTREAM = {
     "sglang/core.py": "CHOICES = ['a']\n\n\ndef run(x):\n    return x\n",
     "sglang/other.py": "def helper():\n    return 1\n\n\ndef kept():\n    return 2\n",
     "sglang/data, with comma.json": "{}\n",
+    "sgl_kernel.py": "",  # the real one takes seconds to import
     "sglang-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: sglang\nVersion: 1.0\n"
     "Requires-Dist: flashinfer_python==1.0\n",
     "sglang-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"

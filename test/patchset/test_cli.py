@@ -8,10 +8,35 @@ import zipfile
 import pytest
 from overlay import check, lock, release
 from overlay.cli import main
-from small_upstream import OVERLAY, TOML, UPSTREAM, commit, git, snapshot, write
+from small_upstream import (
+    CHECKOUT,
+    OVERLAY,
+    TOML,
+    UPSTREAM,
+    commit,
+    git,
+    make_project,
+    snapshot,
+    write,
+)
+from wheel.wheelfile import WheelFile
 
 CORE = "python/sglang/core.py"
 WHEEL = ".cache/sglang-1.0-py3-none-any.whl"
+
+
+@pytest.fixture
+def project(tmp_path):
+    return make_project(tmp_path / "project", OVERLAY, UPSTREAM, TOML)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout of "upstream", with a test, a pyproject and a page of documentation."""
+    root = tmp_path / "checkout"
+    package = {f"python/{k}": v for k, v in UPSTREAM.items() if "dist-info" not in k}
+    write(root, package | CHECKOUT)
+    return root
 
 
 def told(capsys) -> str:
@@ -33,8 +58,9 @@ def test_wheel(project, tmp_path, capsys):
     wheel = tmp_path / "out/sglang-1.0+mxfp8.3-py3-none-any.whl"
     assert output.out == f"{wheel}\n"
     assert f"changed  {CORE}" in output.err and f"pip install {wheel}" in output.err
-    with zipfile.ZipFile(wheel) as archive:
+    with WheelFile(wheel) as archive:
         names = archive.namelist()
+        assert all(archive.read(name) is not None for name in names)  # by its RECORD
         assert "sglang/trick.py" in names and "sglang-1.0.dist-info/RECORD" not in names
         assert not any("test_trick" in name for name in names)
         version = archive.read("sglang/_version.py").decode()

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +24,14 @@ if sys.argv[1] != "-m":
     sys.exit(print("asked", sys.argv[2:]))
 options = dict(zip(sys.argv, sys.argv[1:]))
 mode = options.get("--mode", "serve")
-print("[time] model", options["--model-path"], flush=True)
+print("[time] model", options["--model-path"], os.getpid(), flush=True)
 print("[time] threads", os.environ["OMP_NUM_THREADS"], flush=True)
 if mode == "hang":
     time.sleep(60)
 if mode == "slow":
     time.sleep(8)
+if mode == "fail":
+    sys.exit("launch_server.py: error: no such flag")
 if mode != "silent":
     print("[time TP0] {LINE}", flush=True)
 
@@ -42,24 +45,15 @@ http.server.HTTPServer((host, int(options["--port"])), Handler).serve_forever()
 """
 
 
-def serve(*arguments: str, scripts: Path = SCRIPTS) -> subprocess.CompletedProcess:
-    return run(scripts / "serve.sh", *arguments)
+def run(*command: str | Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
 
 
 def ask(scripts: Path, port: str, *more: str) -> subprocess.CompletedProcess:
     """serve.sh with a question, which .venv's made-up Python repeats."""
-    return serve("--ask", "Why?", "--port", port, *more, scripts=scripts)
-
-
-def run(*command: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return run(scripts / "serve.sh", "--ask", "Why?", "--port", port, *more)
 
 
 @pytest.fixture
@@ -95,8 +89,13 @@ def log(scripts: Path, port: str) -> str:
 @contextlib.contextmanager
 def starting(scripts: Path, port: str) -> Iterator[subprocess.Popen]:
     """A serve.sh whose server never listens."""
-    command = [scripts / "serve.sh", "--port", port, "--", "--mode", "hang"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [scripts / "serve.sh", "--port", port, "--", "--mode", "hang"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Background jobs start with SIGINT ignored, and bash cannot undo that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         # Its first step.
         assert any(line.startswith("  ") for line in process.stderr)
@@ -109,38 +108,36 @@ def starting(scripts: Path, port: str) -> Iterator[subprocess.Popen]:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--fp8-gemm-backend", "triton"], "--fp8-gemm-backend; arguments for sglang"),
-        (["question"], "unknown argument question"),
-        (["--ask"], "--ask needs a value"),
-        (["--port", "http"], "--port: http is no port"),
-        (["--port", "30000", "--", "--port", "x"], "x is no port"),
-        (["--", "--port"], "is no port"),
-        (["--model", "/nonexistent"], "/nonexistent has no config.json"),
-        (["--model", "nothing"], "nothing has no config.json"),
-        (["--", "--model-path=/nonexistent"], "/nonexistent has no config.json"),
+        ("--fp8-gemm-backend triton", "--fp8-gemm-backend; arguments for sglang"),
+        ("--ask", "--ask needs a value"),
+        ("--port http", "--port: http is no port"),
+        ("--port 30000 -- --port x", "x is no port"),
+        ("--model nothing", "nothing has no config.json"),
+        ("-- --model-path=/nonexistent", "/nonexistent has no config.json"),
+        ("--model FOLDER -- --quantization-param-path x", "convert_to_mxfp8.py"),
     ],
 )
-def test_wrong_arguments(arguments, words):
-    result = serve(*arguments)
+def test_wrong_arguments(arguments, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    arguments = arguments.replace("FOLDER", str(tmp_path)).split()
+    result = run(SCRIPTS / "serve.sh", *arguments)
     assert result.returncode == 2
-    assert result.stderr.startswith("serve.sh: ")
-    assert words in result.stderr
+    assert result.stderr.startswith("serve.sh: ") and words in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [[], ["--", "--quantization-param-path", "x"]])
-def test_model_that_is_not_mxfp8(tmp_path, more):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    result = serve("--model", str(tmp_path), *more)
-    assert result.returncode == 2
-    assert "convert_to_mxfp8.py" in result.stderr
+def test_a_model_whose_other_file_says_mxfp8_is_served(scripts, port, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "hf_quant_config.json").write_text('{"quant_algo": "MXFP8"}')
+    assert ask(scripts, port, "--model", str(tmp_path)).returncode == 0
+    assert f"model {tmp_path} " in log(scripts, port)
 
 
-@pytest.mark.parametrize("form", ["--port {}", "-- --port {}", "-- --port={}"])
+@pytest.mark.parametrize("form", ["--port {}", "-- --port={}"])
 def test_busy_port(form):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-        result = serve(*form.format(port).split())
+        result = run(SCRIPTS / "serve.sh", *form.format(port).split())
     assert result.returncode == 1
     assert f"port {port} is in use" in result.stderr
 
@@ -158,18 +155,20 @@ def test_what_reaches_the_terminal(scripts, port):
     assert ready.startswith("The server is ready after ")
 
 
-def test_a_server_without_mxfp8_layers_is_named(scripts, port):
-    result = ask(scripts, port, "--", "--mode", "silent")
-    assert f"server-{port}.log names no MXFP8 linear layers" in result.stderr
+def test_a_server_that_cannot_start_is_reported(scripts, port):
+    result = ask(scripts, port, "--", "--mode", "fail")
+    assert result.returncode == 1 and result.stdout == ""
+    assert "error: no such flag" in result.stderr
+    assert "the server stopped while it started" in result.stderr
 
 
-@pytest.mark.parametrize("form", ["--model {}", "-- --model-path {}"])
-def test_a_name_on_the_hub_goes_to_the_server(scripts, port, form):
+def test_a_name_on_the_hub_goes_to_the_server(scripts, port):
     name = "org-1/Model_8B.v2"
-    result = ask(scripts, port, *form.format(name).split())
+    result = ask(scripts, port, "--model", name, "--", "--mode", "silent")
     assert result.returncode == 0
     assert f"{name} is no folder here" in result.stderr
-    assert f"model {name}\n" in log(scripts, port)
+    assert f"model {name} " in log(scripts, port)
+    assert f"server-{port}.log says nothing of MXFP8 linear layers" in result.stderr
 
 
 def test_a_server_on_every_interface_is_asked_on_this_machine(scripts, port):
@@ -177,14 +176,19 @@ def test_a_server_on_every_interface_is_asked_on_this_machine(scripts, port):
     assert f"http://127.0.0.1:{port}" in result.stdout
 
 
-def test_the_second_on_a_port_is_refused(scripts, port):
-    with starting(scripts, port):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_interrupting_stops_the_server_and_lets_go_of_the_port(name, scripts, port):
+    with starting(scripts, port) as process:
         before = log(scripts, port)
-        result = ask(scripts, port)
+        second = ask(scripts, port)
         assert log(scripts, port) == before
-    assert result.returncode == 1
-    assert f"port {port} is in use by another serve.sh" in result.stderr
-    # Who stops lets go of the port.
+        process.send_signal(getattr(signal, name))
+        assert process.wait(timeout=60) == 128 + getattr(signal, name)
+    assert second.returncode == 1
+    assert f"port {port} is in use by another serve.sh" in second.stderr
+    server = int(before.split()[3])
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
     assert ask(scripts, port).returncode == 0
 
 

@@ -89,3 +89,11 @@ def test_help_says_what_is_needed(name):
     told = subprocess.run(command, capture_output=True, text=True)
     assert told.returncode == 0
     assert "setup.sh" in told.stdout or "GPU" in told.stdout
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "test.sh", "serve.sh"])
+def test_a_release_that_is_not_here_is_refused(name):
+    command = [SCRIPTS / name, "--release", "0.5.8"]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert told.stderr == "No release 0.5.8 here: 0.5.9 0.5.23\n"

@@ -1,4 +1,7 @@
-"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references."""
+"""What the MXFP8 tests share: parallel state, models, servers, checkpoints, references.
+
+Imports within a function are of what sglang 0.5.23 lacks.
+"""
 
 import contextlib
 import copy
@@ -12,9 +15,10 @@ import sys
 import tempfile
 import textwrap
 import time
+import unittest
 from random import Random
 from types import SimpleNamespace
-from typing import Callable, Dict, List, Optional, Sequence, TextIO, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
 from unittest import mock
 
 import requests
@@ -22,6 +26,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM
 
+import sglang
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
@@ -32,16 +37,10 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinea
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8 import weights
-from sglang.srt.layers.quantization.mxfp8.lifecycle import (
-    check_mxfp8_disk_update,
-    load_served_model,
-    mxfp8_checkpoint_form,
-)
+from sglang.srt.layers.quantization.mxfp8 import numerics
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.srt.model_loader.loader import get_model_loader
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import MultiprocessingSerializer, kill_process_tree
 from sglang.test.test_utils import (
     DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
@@ -85,6 +84,12 @@ def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
 
 
+def only_on(release: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    is_on = sglang.__version__.partition("+")[0] == release
+    return unittest.skipUnless(is_on, f"this is not sglang {release}")
+
+
 def for_random(times: int, **choices: Sequence) -> Callable:
     """Run a test for `times` random picks of its arguments, the same each time."""
 
@@ -108,7 +113,7 @@ def run_with_kernel(test: CustomTestCase, module: str, script: str, **env: str) 
     script = f"import {module} as kernel\n" + textwrap.dedent(script)
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(weights.__file__), **env},
+        env={**os.environ, "PYTHONPATH": os.path.dirname(numerics.__file__), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -179,7 +184,7 @@ def loaded_mxfp8_linear(*args, seed: int = 0, **kwargs):
     layer = mxfp8_linear(*args, **kwargs)
     _, weight, scale = random_mxfp8(*layer.weight.shape, seed)
     load_mxfp8(layer, weight, scale)
-    layer.mxfp8_weights.to_kernel_form()
+    layer.quant_method.process_weights_after_loading(layer)
     return layer, weight, scale
 
 
@@ -284,6 +289,9 @@ def load_on_cpu(
     """Load a model in this process as a CPU server's runner does; `load_config` is
     LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
     """
+    from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
     args = ServerArgs(
         model_path=path,
         device="cpu",
@@ -336,6 +344,8 @@ def write_past_the_loaders(model: torch.nn.Module, named_tensors) -> None:
 
 def break_the_next_move(model: torch.nn.Module, named_tensors) -> None:
     """A --custom-weight-loader after which no trtllm weight can be rearranged."""
+    from sglang.srt.layers.quantization.mxfp8 import weights
+
     weights.shuffle_rows_ = mock.Mock(side_effect=MemoryError("no room"))
 
 
@@ -361,6 +371,9 @@ class TinyModelTestCase(CustomTestCase):
 
     def assert_serves(self, model: torch.nn.Module, tensors: dict) -> None:
         """The MXFP8 layers multiply by `tensors`; the model gives them all back as bytes."""
+        from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+        from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
         for own in mxfp8_weights_of(model):
@@ -392,10 +405,12 @@ class TinyModelTestCase(CustomTestCase):
 
     def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
         """Why `model` is not updated from `path`; "" if it may be."""
+        from sglang.srt.layers.quantization.mxfp8 import lifecycle
+
         config = SimpleNamespace(
             model_path=path, revision=None, quantization="mxfp8", hf_config=None
         )
-        refusal = check_mxfp8_disk_update(
+        refusal = lifecycle.check_mxfp8_disk_update(
             model, config, get_model_loader, path, load_format, **kwargs
         )
         return refusal or ""
@@ -473,102 +488,72 @@ def assert_as_close_as_bf16(
     assert error < times * bf16_error, (error, bf16_error)
 
 
-# The CPU server's flags: no kernel of sglang's own, and little memory and idle work.
-CPU_SERVER_ARGS = [
-    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-    *("--disable-overlap-schedule", "--max-total-tokens", "4096"),
-    "--sleep-on-idle",
-]
-
-
-def launch_cpu_server(
-    model: str,
-    base_url: str,
-    backend: str,
-    other_args: Optional[List[str]] = None,
-    env: Optional[dict] = None,
-    log: Optional[TextIO] = None,
-):
-    """A real server on the CPU that emulates the MXFP8 kernels; stop it by its pid.
-
-    What it prints goes to `log` as well. Raises when it stops before it is healthy.
-    """
-    sleep = time.sleep
-    # Upstream's own asks for its health every ten seconds.
-    with mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.5))):
-        return popen_launch_server(
-            model,
-            base_url,
-            timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
-            other_args=[
-                *CPU_SERVER_ARGS,
-                *("--fp8-gemm-backend", backend),
-                *(other_args or []),
-            ],
-            env={
-                # popen_launch_server starts whatever python3 comes first.
-                "PATH": os.pathsep.join(
-                    [os.path.dirname(sys.executable), os.environ["PATH"]]
-                ),
-                "SGLANG_USE_CPU_ENGINE": "1",
-                "SGLANG_MXFP8_EMULATION": "1",
-                "TORCHDYNAMO_DISABLE": "1",
-                # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
-                "TRANSFORMERS_OFFLINE": "1",
-                **(env or {}),
-            },
-            return_stdout_stderr=(log, log) if log else None,
-            device="cpu",
-        )
-
-
-def post(base_url: str, path: str, **body) -> dict:
-    """A server's answer, as JSON."""
-    return requests.post(f"{base_url}{path}", json=body, timeout=120).json()
-
-
-def prompt_logprobs(base_url: str, input_ids: List[int]) -> torch.Tensor:
-    """Log probability of each prompt token but the first, from the server's /generate."""
-    answer = post(
-        base_url,
-        "/generate",
-        input_ids=input_ids,
-        sampling_params={"max_new_tokens": 1, "temperature": 0},
-        return_logprob=True,
-        logprob_start_len=0,
-    )
-    tokens = answer["meta_info"]["input_token_logprobs"]
-    return torch.tensor([token[0] for token in tokens[1:]])
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
 class CpuServer:
-    """A server on the CPU that runs within its context; `log` is what it prints."""
+    """A real server on the CPU that emulates the MXFP8 kernels and runs within its
+    context; `log` is what it prints. Raises when it stops before it is healthy."""
 
     def __init__(
         self, model: str, *args: str, backend="flashinfer_trtllm", env=None
     ) -> None:
         self.url, self.log = f"http://127.0.0.1:{free_port()}", io.StringIO()
-        self._launch = (model, self.url, backend, list(args), env, self.log)
+        self._model, self._env = model, env or {}
+        # No kernel of sglang's own, and little memory and idle work.
+        self._args = (
+            "--attention-backend torch_native --sampling-backend pytorch".split()
+        )
+        self._args += "--disable-overlap-schedule --max-total-tokens 4096".split()
+        self._args += ["--sleep-on-idle", "--fp8-gemm-backend", backend, *args]
         # Without a CUDA device tensors travel by file.
         torch.multiprocessing.set_sharing_strategy("file_system")
 
     def __enter__(self) -> "CpuServer":
-        self.process = launch_cpu_server(*self._launch)
+        # popen_launch_server starts whatever python3 comes first.
+        path = [os.path.dirname(sys.executable), os.environ["PATH"]]
+        sleep = time.sleep
+        # Upstream's own asks for its health every ten seconds.
+        with mock.patch.object(time, "sleep", lambda seconds: sleep(min(seconds, 0.5))):
+            self.process = popen_launch_server(
+                self._model,
+                self.url,
+                timeout=DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH,
+                other_args=self._args,
+                env={
+                    "PATH": os.pathsep.join(path),
+                    "SGLANG_USE_CPU_ENGINE": "1",
+                    "SGLANG_MXFP8_EMULATION": "1",
+                    "TORCHDYNAMO_DISABLE": "1",
+                    # Not HF_HUB_OFFLINE, which makes popen_launch_server try twice.
+                    "TRANSFORMERS_OFFLINE": "1",
+                    **self._env,
+                },
+                return_stdout_stderr=(self.log, self.log),
+                device="cpu",
+            )
         return self
 
     def __exit__(self, *_) -> None:
         kill_process_tree(self.process.pid)
 
     def post(self, path: str, **body) -> dict:
-        return post(self.url, path, **body)
+        """The server's answer, as JSON."""
+        return requests.post(f"{self.url}{path}", json=body, timeout=120).json()
 
     def logprobs(self, input_ids: List[int]) -> torch.Tensor:
-        return prompt_logprobs(self.url, input_ids)
+        """Log probability of each prompt token but the first."""
+        answer = self.post(
+            "/generate",
+            input_ids=input_ids,
+            sampling_params={"max_new_tokens": 1, "temperature": 0},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        tokens = answer["meta_info"]["input_token_logprobs"]
+        return torch.tensor([token[0] for token in tokens[1:]])
 
     def update_from_disk(self, path: str) -> dict:
         return self.post("/update_weights_from_disk", model_path=path)

@@ -20,6 +20,7 @@ from sglang.test.mxfp8_utils import (
     assert_as_close_as_bf16,
     load_mxfp8,
     mxfp8_linear,
+    only_on,
     reference_linear,
     reference_logprobs,
     tiny_llama_tensors,
@@ -80,7 +81,7 @@ class TestRealModel(CustomTestCase):
             for backend in ("flashinfer_trtllm", "flashinfer_cutlass"):
                 layer = mxfp8_linear(*own[0].shape, backend)
                 load_mxfp8(layer, *own)
-                layer.mxfp8_weights.to_kernel_form()
+                layer.quant_method.process_weights_after_loading(layer)
                 error = (layer(x)[0].double() - expected).norm() / expected.norm()
                 worst = max(worst, error.item())
         self.assertEqual(len(seen), 210)
@@ -88,6 +89,8 @@ class TestRealModel(CustomTestCase):
         self.assertLess(worst, 2**-8)
 
 
+# Layers are compared one by one on 0.5.23, whose log is another.
+@only_on("0.5.9")
 class TestTinyModel(CustomTestCase):
     # gate_up has N = 3072, which the rule leaves to 128x4; the others are narrow.
     sizes = dict(intermediate_size=1536, vocab_size=512)

@@ -9,37 +9,31 @@ import json
 import os
 import time
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import transformers
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel, DeepseekV3ForCausalLM
 
+from sglang.srt import server_args
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.fp8 import Fp8Config
-from sglang.srt.layers.quantization.mxfp8.agreement import (
-    UpdateRefused,
-    agree_to_write,
-    note_taken,
-    run_weight_update,
-)
+from sglang.srt.layers.quantization.mxfp8 import agreement, lifecycle
+from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
-from sglang.srt.layers.quantization.mxfp8.lifecycle import (
-    as_mxfp8_raw_loader,
-    load_mxfp8_tensors_directly,
-)
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.numerics import quantize, refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.models.llama import LlamaForCausalLM
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.utils import replace_submodule
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
@@ -61,19 +55,28 @@ register_cpu_ci(est_time=30, suite="default")
 DOWN = "model.layers.0.mlp.down_proj.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 UP_SCALE = f"{UP}_scale_inv"
-K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+ATTENTION = "model.layers.1.self_attn"
+K_PROJ = f"{ATTENTION}.k_proj.weight"
 K_SCALE = f"{K_PROJ}_scale_inv"
 NORM = "model.layers.1.input_layernorm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 QKV = "layers.1.self_attn.qkv_proj.weight"
+CACHE_SCALE = f"{ATTENTION}.attn.k_scale"
+INDEX = "model.safetensors.index.json"
 FP8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+ONE_SCALE = torch.tensor(0.25)
+
+
+def changed(tensors: dict, changes: dict) -> dict:
+    """The tensors with some others, and without those that are None."""
+    return {n: t for n, t in {**tensors, **changes}.items() if t is not None}
 
 
 def with_byte(tensors: dict, name: str, byte: int) -> dict:
     """The tensors, with one byte of one of them changed."""
-    changed = tensors[name].clone()
-    changed.view(torch.uint8).view(-1)[-1] = byte
-    return {**tensors, name: changed}
+    tensor = tensors[name].clone()
+    tensor.view(torch.uint8).view(-1)[-1] = byte
+    return {**tensors, name: tensor}
 
 
 class TestWhole(TinyModelTestCase):
@@ -95,55 +98,61 @@ class TestWhole(TinyModelTestCase):
             refusal = self.refusal_of(self.model, path)
             self.assertRegex(refusal, f"{reason}.*Nothing was written")
 
-    def test_a_tensor_is_missing(self):
-        for lost, parameter in (
-            (EMBEDDING, EMBEDDING),
-            ("model.norm", "model.norm.weight"),
-            (NORM, NORM),
-            ("layers.1.", QKV),
-            ("layers.1.self_attn.k_proj", QKV),
-            ("layers.1.mlp.down_proj", "layers.1.mlp.down_proj.weight"),
-        ):
-            path = self.write(without(self.b, lost))
-            self.assert_refused(path, f"does not fill.*{parameter}")
-        self.assert_refused(
-            self.write({n: t for n, t in self.b.items() if n != K_PROJ}),
-            f"does not fill.*{QKV}",
-        )
+    def test_tensors(self):
+        def lost(part: str) -> dict:
+            return dict.fromkeys(name for name in self.b if part in name)
 
-    def test_a_tensor_does_not_fit(self):
-        weight, scale = self.b[K_PROJ], self.b[K_SCALE]
-        lost = f"lacks the scale of {K_PROJ}"
+        weight, scale, fills = self.b[K_PROJ], self.b[K_SCALE], "does not fill.*"
         swizzled = swizzle_scale(scale, shuffle=False)
-        embedding = self.b[EMBEDDING].to(FP8)
+        embedding = {EMBEDDING: self.b[EMBEDDING].to(FP8)}
+        embedding[f"{EMBEDDING}_scale_inv"] = torch.ones(1)
+        holds = (
+            f"{K_PROJ}.*holds torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
+        )
         for reason, changes in (
-            (lost, {K_SCALE: None}),
-            (r"is \[64, 16\], got \[2048\]: it looks swizzled", {K_SCALE: swizzled}),
-            (r"is \[64, 16\], got \[64, 8\]", {K_SCALE: scale[:, :8].contiguous()}),
-            ("holds torch.uint8, got torch.float32", {K_SCALE: scale.float()}),
-            (r"is \[64, 512\], got \[32, 512\]", {K_PROJ: weight[:32].contiguous()}),
-            (
-                "holds torch.float8_e4m3fn, got torch.bfloat16.*list the layer",
-                {K_PROJ: weight.to(BF16), K_SCALE: None},
-            ),
-            (
-                "is torch.float8_e4m3fn, but its layer is not quantized",
-                {EMBEDDING: embedding, f"{EMBEDDING}_scale_inv": torch.ones(1)},
-            ),
+            (f"{fills}{EMBEDDING}", lost(EMBEDDING)),
+            (f"{fills}model.norm.weight", lost("model.norm")),
+            (f"{fills}{NORM}", lost(NORM)),
+            (f"{fills}{QKV}", lost("layers.1.")),
+            (f"{fills}{QKV}", lost(f"{ATTENTION}.k_proj")),
+            (f"{fills}{QKV}", {K_PROJ: None}),
+            (f"{fills}layers.1.mlp.down_proj.weight", lost("layers.1.mlp.down_proj")),
+            (f"lacks the scale of {K_PROJ}", {K_SCALE: None}),
+            (rf"{K_SCALE}.*got \[2048\]: it looks swizzled", {K_SCALE: swizzled}),
+            (rf"{K_SCALE}.*\[64, 16\], got \[64, 8\]", {K_SCALE: scale[:, :8].clone()}),
+            (f"{K_SCALE}.*torch.uint8, got torch.float32", {K_SCALE: scale.float()}),
+            (rf"{K_PROJ}.*\[64, 512\], got \[32, 512\]", {K_PROJ: weight[:32].clone()}),
+            (holds, {K_PROJ: weight.to(BF16), K_SCALE: None}),
+            (f"{EMBEDDING}.*torch.float8_e4m3fn, but its layer is not", embedding),
+            (f"{UP_SCALE} comes twice", {f"{UP}_scale": self.b[UP_SCALE].clone()}),
         ):
-            tensors = {**self.b, **changes}
-            tensors = {name: t for name, t in tensors.items() if t is not None}
-            name = "" if reason == lost else next(iter(changes))
-            self.assert_refused(self.write(tensors), f"{name}.*{reason}")
+            self.assert_refused(self.write(changed(self.b, changes)), reason)
+
+    def test_scales_that_nothing_takes(self):
+        kinds = (
+            "key_scale",
+            "k_cache_scale",
+            "q_scale",
+            "k_scale_inv",
+            "k_proj.k_scales",
+        )
+        names = [f"{ATTENTION}.{kind}" for kind in (*kinds, "attn.kv_cache_scale")]
+        for name in *names, f"{K_PROJ}_scale_2":
+            path = self.write({**self.b, name: ONE_SCALE})
+            self.assert_refused(path, f"but not {name}")
+        # Of what the model does not load.
+        names = "model.mtp.fc.weight_scale", "logit_scale", "model.layers.2.k_scale_inv"
+        path = self.write({**self.b, **{name: ONE_SCALE.clone() for name in names}})
+        self.assertEqual(self.refusal_of(self.model, path), "")
 
     def test_linears_in_bf16_and_a_head_are_missing(self):
         kept = ["layers.1.self_attn", "layers.1.mlp"]
         own = {**TINY_LLAMA["quantization_config"], "modules_to_not_convert": kept}
         changes = dict(tie_word_embeddings=False, quantization_config=own)
-        tensors = without(self.b, *(f"layers.1.{p}" for p in ("mlp", "self_attn")))
-        for name, tensor in self.b.items():
-            if name not in tensors and "scale" not in name:
-                tensors[name] = tensor.to(BF16)
+        tensors = without(self.b, *kept)
+        for name in self.b.keys() - tensors.keys():
+            if "scale" not in name:
+                tensors[name] = self.b[name].to(BF16)
         tensors["lm_head.weight"] = self.b[EMBEDDING].clone()
         load_on_cpu(self.write(tensors, **changes))
         for lost, parameter in (
@@ -159,35 +168,44 @@ class TestWhole(TinyModelTestCase):
         """A checkpoint whose index has some tensors in other files than its own."""
         path = self.write(tensors)
         weight_map = {**dict.fromkeys(self.b, "model.safetensors"), **files}
-        with open(f"{path}/model.safetensors.index.json", "w") as file:
-            json.dump({"weight_map": weight_map}, file)
+        Path(path, INDEX).write_text(json.dumps({"weight_map": weight_map}))
         return path
 
-    def test_a_shard_that_the_index_names_is_missing(self):
+    def test_files(self):
         lost = {EMBEDDING: "model-00002.safetensors"}
         path = self.write_with_index(without(self.b, "embed"), **lost)
         self.assert_refused(path, "embed_tokens.weight in model-00002.safetensors")
 
-    def test_a_tensor_stands_in_two_files(self):
         path = self.write_with_index(self.b, extra="other.safetensors")
         twin = {DOWN: self.a[DOWN], "extra": torch.ones(1)}
         save_file(twin, f"{path}/other.safetensors")
         reason = f"{DOWN} stands in .*(model|other).*and in .*(model|other).safetensors"
         self.assert_refused(path, reason)
-        os.remove(f"{path}/model.safetensors.index.json")
+        os.remove(f"{path}/{INDEX}")
         self.assert_refused(path, reason)
 
-    def test_files_that_are_no_checkpoint_of_it(self):
-        damaged = self.write(self.b)
-        file = f"{damaged}/model.safetensors"
-        os.truncate(file, os.path.getsize(file) // 2)
+        path = self.write(self.b)
+        for weight_map in b"{}", b'{"a": 1}', b"[]", b'{"a": ""}':
+            for content in b"", weight_map, b'{"weight_map": %b}' % weight_map:
+                Path(path, INDEX).write_bytes(content)
+                self.assert_refused(path, f"{INDEX} is no index .*Fetch it again")
+
         another = {f"another.{name}": tensor for name, tensor in self.b.items()}
-        for path, reason in (
-            (damaged, "cannot be read"),
-            (self.write(another), "takes nothing of .* tensors"),
-            ("/no/such/folder", "no such folder"),
-        ):
-            self.assertRegex(self.refusal_of(self.model, path), reason)
+        path = self.write(another)
+        self.assert_refused(path, "takes nothing of .* tensors")
+        file = f"{path}/model.safetensors"
+        os.truncate(file, os.path.getsize(file) // 2)
+        self.assert_refused(path, "cannot be read")
+
+    def test_folders_that_are_not_there(self):
+        no_hub = mock.Mock(side_effect=OSError("no hub"))
+        with mock.patch.object(DefaultModelLoader, "_prepare_weights", no_hub):
+            for path, reason in (
+                ("/no/such/folder", "there is no such folder"),
+                ("models/foo", "there is no such folder here.*no hub"),
+            ):
+                refusal = self.refusal_of(self.model, path)
+                self.assertRegex(refusal, f"{reason}.*Nothing was written")
 
     def test_what_a_model_need_not_take_is_no_reason(self):
         more = {"model.mtp.fc.weight": self.b[DOWN].clone(), "x.weight": torch.ones(9)}
@@ -197,15 +215,6 @@ class TestWhole(TinyModelTestCase):
         self.assertEqual(self.refusal_of(self.model, path), "")
         path = self.write({**self.b, **more})
         self.assertEqual(self.refusal_of(self.model, path), "")
-
-    def test_an_encoder_has_a_parameter_that_nothing_reads(self):
-        path = f"{self.directory}/bert"
-        config = BertConfig(64, 64, 1, 2, 128, max_position_embeddings=64)
-        BertModel(config).to(BF16).save_pretrained(path)
-        model = load_on_cpu(path, quantization="mxfp8")
-        self.assertIn("embeddings.position_ids", dict(model.named_parameters()))
-
-    def test_a_filtered_update_need_not_be_whole(self):
         only = dict(name_filter=lambda name: "layers.1" in name)
         self.assertEqual(self.refusal_of(self.model, self.path_b, **only), "")
 
@@ -213,43 +222,51 @@ class TestWhole(TinyModelTestCase):
 class TestInMemory(TinyModelTestCase):
     """Nothing is written of an update in memory of which one tensor cannot be."""
 
-    NAN = ((UP_SCALE, 255), (DOWN, 0x7F), (DOWN, 0xFF))
+    def ways(self, model, tensors: dict) -> tuple:
+        """The ways to write in memory, each with the tensors as it takes them."""
+        fused = fused_parameters(tensors)
+        raw_loader = lifecycle.as_mxfp8_raw_loader(write_past_the_loaders)
+        direct = functools.partial(lifecycle.load_mxfp8_tensors_directly, model)
+        return (
+            (model.load_weights, tensors),
+            (lambda sent: model.load_weights(named for named in sent), tensors),
+            (direct, fused),
+            (lambda sent: raw_loader(model, list(sent)), fused),
+        )
+
+    def runner_of(self, model):
+        config = SimpleNamespace(
+            model_path=self.path_a,
+            revision=None,
+            quantization="mxfp8",
+            dtype=BF16,
+            hf_config=None,
+        )
+        return model_runner(model, model_config=config, load_config=LoadConfig())
+
+    def assert_undone(self, model, tensors: dict, reason: str) -> None:
+        """An update from disk, which reads numbers as it writes, goes back."""
+        runner = self.runner_of(model)
+        success, message = runner.update_weights_from_disk(self.write(tensors), "auto")
+        self.assertFalse(success)
+        self.assertRegex(message, f"{reason}.*\n.*Rolling back")
+        self.assertEqual(runner.model_config.model_path, self.path_a)
+        self.assert_serves(model, self.a)
 
     def test_nan(self):
         model = load_on_cpu(self.path_a)
-        raw_loader = as_mxfp8_raw_loader(write_past_the_loaders)
-        for name, byte in self.NAN:
+        for name, byte in ((UP_SCALE, 255), (DOWN, 0x7F), (DOWN, 0xFF)):
             bad = with_byte(self.b, name, byte)
-            fused = fused_parameters(bad)
-            with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
-                load_on_cpu(self.write(bad))
-            for label, update, tensors in (
-                ("loaders", model.load_weights, bad.items()),
-                ("generator", model.load_weights, (named for named in bad.items())),
-                (
-                    "direct",
-                    lambda tensors: load_mxfp8_tensors_directly(model, tensors),
-                    fused.items(),
-                ),
-                ("custom", lambda tensors: raw_loader(model, tensors), fused.items()),
-            ):
-                with self.subTest(label, name=name, byte=byte):
-                    with self.refused(model, "holds NaN"):
-                        update(tensors)
+            as_bytes = {**bad, DOWN: bad[DOWN].view(torch.uint8)}
+            for sent in bad, as_bytes:
+                with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
+                    load_on_cpu(self.write(sent))
+                for way, (update, tensors) in enumerate(self.ways(model, sent)):
+                    with self.subTest(name=name, byte=byte, way=way):
+                        with self.refused(model, "holds NaN"):
+                            update(tensors.items())
+        self.assert_undone(model, with_byte(self.b, UP_SCALE, 255), "holds NaN")
 
-    def test_nan_in_a_weight_that_is_sent_as_bytes(self):
-        model = load_on_cpu(self.path_a)
-        bad = with_byte(self.b, DOWN, 0xFF)
-        bad[DOWN] = bad[DOWN].view(torch.uint8)
-        with self.refused(model, f"{DOWN} holds NaN"):
-            model.load_weights(bad.items())
-        with self.refused(model, f"{DOWN} holds NaN"):
-            fused = fused_parameters(self.b) | {DOWN: bad[DOWN]}
-            load_mxfp8_tensors_directly(model, fused.items())
-        with self.assertRaisesRegex(ValueError, f"{DOWN} holds NaN"):
-            load_on_cpu(self.write(bad))
-
-    def test_nan_in_scales_of_fused_experts(self):
         nan = torch.full((2, 3, 4), 255, dtype=torch.uint8)
         for name, scale in (
             ("experts.gate_up_proj_weight_scale_inv", nan),
@@ -259,36 +276,38 @@ class TestInMemory(TinyModelTestCase):
             with self.assertRaisesRegex(ValueError, f"{name} holds NaN"):
                 refuse_non_finite([(name, scale)])
 
-    def test_scales_of_a_kv_cache(self):
-        model = load_on_cpu(self.path_a)
-        attn = model.model.layers[1].self_attn.attn
-        raw_loader = as_mxfp8_raw_loader(write_past_the_loaders)
-        own = "model.layers.1.self_attn.attn.k_scale"
-        fused = fused_parameters(self.b)
-        for update, tensors in (
-            (model.load_weights, self.b),
-            (lambda tensors: load_mxfp8_tensors_directly(model, tensors), fused),
-            (lambda tensors: raw_loader(model, list(tensors)), fused),
-        ):
-            for value in (float("nan"), -1.0, 0.0):
-                bad = {**tensors, own: torch.tensor(value)}
-                with self.refused(model, f"{own} is .*: a scale is a positive"):
-                    update(bad.items())
-            update([(own, torch.tensor(0.5))])
-            self.assertEqual((attn.k_scale.item(), attn.k_scale_float), (0.5, 0.5))
-            update([(own, torch.tensor(1.0))])
-
-    def test_a_scale_of_values_without_one_of_keys(self):
-        path = self.write({**self.b, "model.layers.1.self_attn.v_scale": torch.ones(1)})
-        with self.assertRaisesRegex(
-            ValueError, "layers.1.self_attn.attn has a scale for"
-        ):
-            load_on_cpu(path)
-
     def test_the_largest_numbers_are_taken(self):
         tensors = with_byte(with_byte(self.b, DOWN, 0xFE), UP_SCALE, 254)
         model = load_on_cpu(self.write(with_byte(tensors, K_PROJ, 0x7E)))
         model.load_weights(tensors.items())
+
+    def test_scales_of_a_kv_cache(self):
+        model = load_on_cpu(self.path_a)
+        attn = model.model.layers[1].self_attn.attn
+        args = server_args.get_global_server_args()
+        graphs = functools.partial(mock.patch.multiple, args, device="cuda")
+        for update, tensors in self.ways(model, self.b):
+            for value in (float("nan"), -1.0, 0.0):
+                bad = {**tensors, CACHE_SCALE: torch.tensor(value)}
+                with self.refused(model, f"{CACHE_SCALE} is .*: a scale is a positive"):
+                    update(bad.items())
+            half = {CACHE_SCALE: torch.tensor(0.5)}
+            with graphs(disable_cuda_graph=False):
+                update([(CACHE_SCALE, torch.tensor(1.0))])
+                with self.refused(
+                    model, f"{CACHE_SCALE} changes .*--disable-cuda-graph"
+                ):
+                    update({**tensors, **half}.items())
+            with graphs(disable_cuda_graph=True):
+                update(half.items())
+            self.assertEqual((attn.k_scale.item(), attn.k_scale_float), (0.5, 0.5))
+            update([(CACHE_SCALE, torch.tensor(1.0))])
+        with graphs(disable_cuda_graph=False):
+            self.assert_undone(model, {**self.b, **half}, f"{CACHE_SCALE} changes")
+
+        path = self.write({**self.b, f"{ATTENTION}.v_scale": torch.ones(1)})
+        with self.assertRaisesRegex(ValueError, "1.self_attn.attn has a scale for"):
+            load_on_cpu(path)
 
     def test_numbers_that_are_quantized_on_load(self):
         in_bf16 = {n: t.to(BF16) for n, t in without(self.a, "scale").items()}
@@ -305,50 +324,96 @@ class TestInMemory(TinyModelTestCase):
 
     def test_what_does_not_fit(self):
         model, weight = load_on_cpu(self.path_a), self.b[UP]
+        down, seven = self.b[DOWN].to(BF16), torch.ones(7).to(BF16)
         renamed = {f"{UP}_scale_2": self.b[UP_SCALE], UP_SCALE: None}
-        for reason, changes in (
-            ("got torch.bfloat16", {DOWN: self.b[DOWN].to(BF16)}),
-            ("got torch.float32", {DOWN: self.b[DOWN].float()}),
-            ("got torch.float16", {UP_SCALE: self.b[UP_SCALE].half()}),
-            (r"is \[544, 512\], got \[512, 512\]", {UP: weight[:512].contiguous()}),
-            (r"is \[544, 512\], got \[544, 256\]", {UP: weight[:, :256].contiguous()}),
-            (r"\[7\].*\[512\]", {NORM: torch.ones(7).to(BF16)}),
-            ("is torch.float8_e4m3fn.*not quantized here", {NORM: weight[0].clone()}),
-            ("is called weight_scale_inv", renamed),
+        in_fp8 = "is torch.float8_e4m3fn.*not quantized here"
+        loaders, _, direct, _ = self.ways(model, self.b)
+        for (update, tensors), reason, changes in (
+            (loaders, "got torch.bfloat16", {DOWN: down}),
+            (loaders, "got torch.float32", {DOWN: down.float()}),
+            (loaders, "got torch.float16", {UP_SCALE: self.b[UP_SCALE].half()}),
+            (loaders, r"is \[544, 512\], got \[512, 512\]", {UP: weight[:512].clone()}),
+            (
+                loaders,
+                r"is \[544, 512\], got \[544, 256\]",
+                {UP: weight[:, ::2].clone()},
+            ),
+            (loaders, r"\[7\].*\[512\]", {NORM: seven}),
+            (loaders, in_fp8, {NORM: weight[0].clone()}),
+            (loaders, "is called weight_scale_inv", renamed),
+            (loaders, f"{UP_SCALE} comes twice", {f"{UP}_scale": self.b[UP_SCALE]}),
+            (direct, "comes twice", {f"{DOWN}_scale": self.b[f"{DOWN}_scale_inv"]}),
+            (direct, "has no parameter nothing", {"nothing": weight}),
+            (direct, "got torch.bfloat16", {DOWN: down}),
+            (direct, r"is \[512\], got \[7\]", {NORM: seven}),
+            (direct, in_fp8, {NORM: weight[0].clone()}),
         ):
-            tensors = {**self.b, **changes}
-            tensors = {name: t for name, t in tensors.items() if t is not None}
             with self.subTest(reason), self.refused(model, reason):
-                model.load_weights(tensors.items())
-        fused = fused_parameters(self.b)
-        for reason, changes in (
-            ("has no parameter nothing", {"nothing": weight}),
-            ("got torch.bfloat16", {DOWN: fused[DOWN].to(BF16)}),
-            (r"is \[512\], got \[7\]", {NORM: torch.ones(7).to(BF16)}),
-            ("is not quantized here", {NORM: weight[0].clone()}),
-        ):
-            with self.subTest(direct=reason), self.refused(model, reason):
-                load_mxfp8_tensors_directly(model, {**fused, **changes}.items())
+                update(changed(tensors, changes).items())
 
-    def test_a_disk_update_goes_back_to_what_was_served(self):
+
+class TestTaken(TinyModelTestCase):
+    """What a request says of the tensors that nobody takes. Of two ranks:
+    test_mxfp8_two_processes.py."""
+
+    def update(self, update, *args):
+        group = torch.distributed.group.WORLD
+        return agreement.run_weight_update(group, update, *args)
+
+    def test_what_was_not_taken(self):
         model = load_on_cpu(self.path_a)
-        config = SimpleNamespace(
-            model_path=self.path_a,
-            revision=None,
-            quantization="mxfp8",
-            dtype=BF16,
-            hf_config=None,
-        )
-        runner = model_runner(model, model_config=config, load_config=LoadConfig())
-        path = self.write(with_byte(self.b, UP_SCALE, 255))
-        success, message = runner.update_weights_from_disk(path, "auto")
-        self.assertFalse(success)
-        self.assertRegex(message, f"{UP_SCALE} holds NaN.*\n.*Rolling back")
-        self.assertEqual(config.model_path, self.path_a)
-        self.assert_serves(model, self.a)
+        for reason, sent in (
+            ("takes nothing of 1 tensors: a.b", [("a.b", self.b[DOWN])]),
+            ("the update has no tensors", []),
+        ):
+            with self.refused(model, reason):
+                model.load_weights(sent)
+
+        def load():
+            model.load_weights([(DOWN, self.b[DOWN]), ("a.b", self.b[DOWN])])
+            return True, "Success."
+
+        self.assertEqual(self.update(load), (True, "Success. Not taken: a.b."))
+
+    def test_a_draft_may_take_none_or_all(self):
+        def load():
+            agreement.note_taken(["a"], ["b", "c"])  # the draft
+            agreement.note_taken(["b"], ["a", "c"])
+            return True, "Success."
+
+        self.assertEqual(self.update(load), (True, "Success. Not taken: c."))
+
+    def test_a_failure_says_what_was_written(self):
+        def fail(agree: bool):
+            if agree:
+                agreement.agree_to_write(None)
+            raise KeyError("x")
+
+        def refuse():
+            agreement.agree_to_write(ValueError("no"))
+
+        for update, args, said, unsaid in (
+            (fail, (True,), "may be partially updated", "Nothing was written"),
+            (fail, (False,), "'x'", "written|partially"),
+            (refuse, (), "no. Nothing was written", "partially"),
+        ):
+            success, message = self.update(update, *args)
+            self.assertFalse(success)
+            self.assertRegex(message, said)
+            self.assertNotRegex(message, unsaid)
 
 
-class TestAnotherModel(TinyModelTestCase):
+class TestTheCopyOnMeta(TinyModelTestCase):
+    def built_with(self, also):
+        """Llama, which calls `also(model)` at the end of its constructor."""
+        init = LlamaForCausalLM.__init__
+
+        def init_and_more(model, *args, **kwargs):
+            init(model, *args, **kwargs)
+            also(model)
+
+        return mock.patch.object(LlamaForCausalLM, "__init__", init_and_more)
+
     def wrap_by_lora(self, model):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, LinearBase):
@@ -372,71 +437,47 @@ class TestAnotherModel(TinyModelTestCase):
                 for n, param in model.named_parameters():
                     self.assertTrue(same_bytes(param.data, before[n]), n)
 
-
-class TestTaken(TinyModelTestCase):
-    """What a request says of the tensors that nobody takes. Of two ranks:
-    test_mxfp8_two_processes.py."""
-
-    def update(self, update, *args):
-        return run_weight_update(torch.distributed.group.WORLD, update, *args)
-
-    def test_what_was_not_taken(self):
-        model = load_on_cpu(self.path_a)
-        with self.refused(model, "takes nothing of 1 tensors: model.no_such.weight"):
-            model.load_weights([("model.no_such.weight", self.b[DOWN])])
-
-        def load():
-            model.load_weights([(DOWN, self.b[DOWN]), ("a.b", self.b[DOWN])])
-            return True, "Success."
-
-        self.assertEqual(self.update(load), (True, "Success. Not taken: a.b."))
-
-    def test_a_draft_may_take_none_or_all(self):
-        def load():
-            note_taken(["a"], ["b", "c"])  # the draft
-            note_taken(["b"], ["a", "c"])
-            return True, "Success."
-
-        self.assertEqual(self.update(load), (True, "Success. Not taken: c."))
-
-    def test_a_failure_says_what_was_written(self):
-        def fail(agree: bool):
-            if agree:
-                agree_to_write(None)
-            raise KeyError("x")
-
-        def refuse():
-            agree_to_write(ValueError("no"))
-
-        for update, args, said, unsaid in (
-            (fail, (True,), "may be partially updated", "Nothing was written"),
-            (fail, (False,), "'x'", "written|partially"),
-            (refuse, (), "no. Nothing was written", "partially"),
-        ):
-            success, message = self.update(update, *args)
-            self.assertFalse(success)
-            self.assertRegex(message, said)
-            self.assertNotRegex(message, unsaid)
-
-
-class TestTheCopyOnMeta(TinyModelTestCase):
     def test_a_model_that_meta_cannot_build(self):
-        init = LlamaForCausalLM.__init__
-
-        def reads_a_number(model, *args, **kwargs):
-            init(model, *args, **kwargs)
+        def read_a_number(model):
             model.lm_head.weight.data.view(-1)[0].item()
 
-        with mock.patch.object(LlamaForCausalLM, "__init__", reads_a_number):
+        with self.built_with(read_a_number):
             for load_format in ("auto", "dummy"):
                 with self.subTest(load_format), self.assertRaisesRegex(
-                    RuntimeError, "meta device.*SGLANG_MXFP8_ACCEPT_UNCHECKED=1"
+                    RuntimeError, "meta device.*item.*SGLANG_MXFP8_ACCEPT_UNCHECKED=1"
                 ):
                     load_on_cpu(self.path_a, load_format=load_format)
             with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
                 model = load_on_cpu(self.path_a)
                 model.load_weights(self.b.items())
                 self.assertEqual(self.refusal_of(model, self.path_a), "")
+
+    def test_models_that_read_numbers_of_their_own(self):
+        """As they are built: InternVL's rates, XIELU's in Apertus, which loads more."""
+        seen = []
+
+        def read_numbers(model):
+            beta = torch.nn.Parameter(torch.tensor(0.5)).detach()
+            rates = [x.item() for x in torch.linspace(0, 1, 3)]
+            seen.append((beta.cpu().item(), float(beta), bool(beta > 0), rates))
+
+        with self.built_with(read_numbers):
+            self.assert_updates(load_on_cpu(self.path_a))
+        self.assertEqual(seen, [(0.5, 0.5, True, [0, 0.5, 1])] * 2)
+        small = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=1)
+        small |= dict(num_attention_heads=4, vocab_size=320)
+        config = transformers.ApertusConfig(**small)
+        load_on_cpu(self.saved(transformers.ApertusForCausalLM(config)), "mxfp8")
+
+    def test_an_encoder_has_a_parameter_that_nothing_reads(self):
+        config = transformers.BertConfig(64, 64, 1, 2, 128, max_position_embeddings=64)
+        model = load_on_cpu(self.saved(transformers.BertModel(config)), "mxfp8")
+        self.assertIn("embeddings.position_ids", dict(model.named_parameters()))
+
+    def saved(self, model) -> str:
+        path = f"{self.directory}/{type(model).__name__}"
+        model.to(BF16).save_pretrained(path)
+        return path
 
     def test_an_operation_that_meta_lacks(self):
         loads = LlamaForCausalLM.load_weights
@@ -455,13 +496,7 @@ class TestTheCopyOnMeta(TinyModelTestCase):
     def test_it_is_built_once_and_where_the_model_is(self):
         """Inside the contexts of a draft (its tensor parallel group, its MoE backend)."""
         inside, seen = [], []
-        init = LlamaForCausalLM.__init__
-
-        def note(model, *args, **kwargs):
-            seen.append(bool(inside))
-            init(model, *args, **kwargs)
-
-        with mock.patch.object(LlamaForCausalLM, "__init__", note):
+        with self.built_with(lambda model: seen.append(bool(inside))):
             for load_format in ("auto", "dummy"):
                 inside.append(1)
                 model = load_on_cpu(self.path_a, load_format=load_format)
@@ -487,14 +522,14 @@ class TestDeepseekV3(TinyModelTestCase):
         )
         config = deepseek_v3(num_hidden_layers=LAYERS, first_k_dense_replace=1)
         with torch.device("meta"):
-            model = DeepseekV3ForCausalLM(config)
+            model = transformers.DeepseekV3ForCausalLM(config)
         cls.tensors = list(mxfp8_state(model, cls.quantize_shape).items())
-        args = ServerArgs(
+        args = server_args.ServerArgs(
             model_path=cls.write({}, **config.to_dict()),
             device="cpu",
             skip_tokenizer_init=True,
         )
-        set_global_server_args_for_scheduler(args)
+        server_args.set_global_server_args_for_scheduler(args)
         model_config = ModelConfig.from_server_args(args)
         cls.check = UpdateCheck(
             functools.partial(
@@ -539,7 +574,7 @@ class TestDeepseekV3(TinyModelTestCase):
             self.check.tensors(model, bucket)
         parameter = next(n for n, _ in model.named_parameters() if "w13_weight" in n)
         with self.assertRaisesRegex(UpdateRefused, f"whole update .*{parameter}"):
-            load_mxfp8_tensors_directly(model, [(parameter, None)])
+            lifecycle.load_mxfp8_tensors_directly(model, [(parameter, None)])
         others = [named for named in self.tensors if ".mlp.experts." not in named[0]]
         self.check.tensors(model, others)
 

@@ -67,7 +67,10 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             for name, tensors in cls.tensors.items():
                 cls.paths[name] = cls.write(name, tensors)
                 loaders = "--custom-weight-loader", RAW_LOADER, BREAKER
-                server = CpuServer(cls.paths[name], "--skip-tokenizer-init", *loaders)
+                # An idle server's /health is then green for as long as it is there.
+                env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+                args = cls.paths[name], "--skip-tokenizer-init", *loaders
+                server = CpuServer(*args, env=env)
                 servers[name] = stack.enter_context(server)
                 cls.expected[name] = server.logprobs(PROMPT)
             cls.server, cls.other = servers["a"], servers["b"]
@@ -129,18 +132,6 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             result = self.server.update_from_tensor(items[start : start + 7])
             self.assertTrue(result["success"], result["message"])
         self.assert_serves("b")
-
-    def test_a_part_of_a_fused_layer(self):
-        part = "model.layers.1.self_attn.k_proj"
-        sent = {n: t for n, t in self.tensors["b"].items() if n.startswith(part)}
-        path = self.write("mixed", {**self.tensors["a"], **sent})
-        self.assert_updates_from_disk(path)
-        expected = self.server.logprobs(PROMPT)
-        self.assertFalse(torch.equal(expected, self.expected["a"]))
-        self.assert_updates_from_disk(self.paths["a"])
-        result = self.server.update_from_tensor(list(sent.items()))
-        self.assertTrue(result["success"], result["message"])
-        self.assertTrue(torch.equal(self.server.logprobs(PROMPT), expected))
 
     def test_distributed(self):
         port = free_port()
@@ -226,21 +217,15 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         path = self.write("bad", without(good, f"{WEIGHT}_scale"))
         self.assert_refused(self.server.update_from_disk(path), "lacks the scale")
 
-    def test_a_success_says_what_was_not_taken(self):
-        norm = "model.norm.weight"
-        sent = [(norm, self.tensors["a"][norm]), ("x.y", torch.ones(1))]
-        result = self.server.update_from_tensor(sent)
-        self.assertRegex(result["message"], "Not taken: x.y")
-        self.assertTrue(result["success"])
-
-    def test_with_a_half_moved_layer_it_says_so_and_answers_nothing_any_more(self):
+    def test_with_a_half_moved_layer_it_says_so_and_ends(self):
+        """Though nobody asks it anything."""
         answer = self.other.update_from_tensor([], BREAKER)
         reason = "half rearranged by MemoryError.'no room'.*restart it"
         self.assertFalse(answer["success"])
         self.assertRegex(answer["message"], f"qkv_proj .*{reason}.*Nothing mends")
-        with self.assertRaises(requests.ConnectionError):
-            self.other.logprobs(PROMPT)
         self.other.process.wait(60)
+        with self.assertRaises(requests.ConnectionError):
+            requests.get(f"{self.other.url}/health")
         log = self.other.log.getvalue()
         self.assertRegex(log, f"Scheduler hit an exception[^$]*{reason}")
 

@@ -2,11 +2,17 @@
 Scheduler._is_no_request, _is_done
     why: a request that has been answered stays in its batch until the next step; a weight update that came in between could not flush the cache, and its assertion ended the server
     until: upstream counts finished requests as none
+
+Scheduler.recv_requests
+    why: with a layer left half rearranged the server ends, also when nobody asks it anything
+    until: never, as long as weights move in place
 """
 
 from typing import TYPE_CHECKING, Optional
 
-from overlay.marks import splice
+from overlay.marks import prepend, splice
+
+from sglang.srt.layers.quantization.mxfp8.weights import refuse_half_moved
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import ScheduleBatch
@@ -18,6 +24,10 @@ def _is_done(batch: Optional["ScheduleBatch"]) -> bool:
 
 
 class Scheduler:
+    @prepend
+    def recv_requests(self):
+        refuse_half_moved(grace=1.0)  # in which the update's answer goes out
+
     @splice
     def _is_no_request(self):
         no_request = (

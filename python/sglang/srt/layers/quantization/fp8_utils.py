@@ -115,7 +115,7 @@ def _triton_downcast() -> Optional[Callable]:
     """The Triton quantizer of triton_kernels; None, with one warning, without it."""
     try:
         from triton_kernels.numerics_details.mxfp import downcast_to_mxfp
-    except ImportError as error:
+    except Exception as error:  # also of one for another Triton
         logger.warning(
             "MXFP8 is quantized in plain torch, slowly: "
             f"triton_kernels cannot be imported ({error}). sgl-kernel brings it."

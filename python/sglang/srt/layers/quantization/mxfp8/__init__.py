@@ -1,11 +1,13 @@
 """MXFP8 for dense linear layers. A module imports only those above it.
 
-numerics            quantize, dequantize, and which bytes are no numbers
+numerics            quantize, dequantize
+finite              which bytes are no numbers
 layout              the kernels' permutations of bytes, and back
 shuffle_kernel      one of them as a Triton kernel
 weight_only_kernel  a product with the checkpoint's own bytes as Triton kernels
 weight_only         the same, and in plain torch
 emulation           what FlashInfer's kernels compute, for missing hardware only
+shapes              which kernel takes which weight
 routing             which kernel for which layer
 formats             what a checkpoint's config says
 weights             one layer's weight and scale through its life

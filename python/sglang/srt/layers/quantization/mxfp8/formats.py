@@ -5,7 +5,8 @@ What the config of any format says becomes a `quantization_config` of sglang's o
 What is recognised but not served is refused by the name of its format.
 
 An entry of that list is one of
-    "lm_head"                   any layer whose name contains it (sglang's own lists)
+    "lm_head"                   sglang's own lists: the layers whose names contain it, or,
+                                as of 0.5.23, have it as a part between dots
     "glob:layers.0.self_attn*"  the layers that match, and those in them
     "re:.*down_proj"            the layers whose name matches from its start
     "unless:re:.*mlp.*"         every layer that matches none of the entries "unless:"
@@ -13,17 +14,11 @@ Names are compared whatever "model." and "language_model." they begin with.
 """
 
 import fnmatch
+import functools
 import re
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
-import torch
-
-from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
-
-SCALE = "weight_scale_inv"
-# What the parameter is called in checkpoints of ModelOpt and compressed-tensors.
-OTHER_SCALE = "weight_scale"
-
+_GROUP_SIZE = 32  # values along K that share one scale
 # Layers that sglang makes of several of a checkpoint's: families of parts.
 _FUSED_PARTS = {
     "qkv_proj": [("q_proj", "k_proj", "v_proj")],
@@ -51,13 +46,28 @@ _SERVED = (
 
 
 class LayerList:
-    """Which layers a description's `ignored_layers` leave in MXFP8."""
+    """Which layers a description's `ignored_layers` leave in MXFP8.
 
-    def __init__(self, ignored: Iterable[str]) -> None:
+    Args:
+        whole_parts: entries of sglang's own lists are parts of names between dots, so
+            that "mlp.gate" is not in "mlp.gate_up_proj".
+        fused: what a model's layers are made of, by the last part of their names, where
+            it is not the usual.
+    """
+
+    def __init__(
+        self,
+        ignored: Iterable[str],
+        whole_parts: bool = False,
+        fused: Optional[Mapping[str, List[str]]] = None,
+    ) -> None:
         ignored = list(ignored)
-        self._kept = _matcher(e for e in ignored if not e.startswith(_UNLESS))
-        targets = [entry for entry in ignored if entry.startswith(_UNLESS)]
+        targets = tuple(entry for entry in ignored if entry.startswith(_UNLESS))
+        kept = tuple(entry for entry in ignored if not entry.startswith(_UNLESS))
+        self._kept = _matcher(kept, whole_parts)
         self._targeted = _matcher(targets) if targets else lambda name: True
+        own = {name: [parts] for name, parts in (fused or {}).items()}
+        self._fused = {**_FUSED_PARTS, **own}
 
     def has(self, module: str) -> bool:
         """Whether a checkpoint's module, by its own name, is in MXFP8."""
@@ -70,7 +80,7 @@ class LayerList:
         it is usually made of. Raises ValueError for a layer of which only a part is so.
         """
         parent, dot, last = name.rpartition(".")
-        usual = () if modules else _FUSED_PARTS.get(last, ())
+        usual = () if modules else self._fused.get(last, ())
         families = [[f"{parent}{dot}{part}" for part in parts] for parts in usual]
         families += [list(modules)] if modules else []
         for parts in families:
@@ -149,7 +159,7 @@ def describe_mxfp8(
         **config,
         "quant_method": "mxfp8",
         "activation_scheme": "dynamic",
-        "weight_block_size": [1, GROUP_SIZE],
+        "weight_block_size": [1, _GROUP_SIZE],
         "scale_fmt": "ue8m0",
         **found,
     }
@@ -159,7 +169,7 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
     scale_format = config.get("scale_fmt") or "ue8m0"
     for key, value, expected in (
         ("activation_scheme", config.get("activation_scheme"), "dynamic"),
-        ("weight_block_size", config.get("weight_block_size"), [1, GROUP_SIZE]),
+        ("weight_block_size", config.get("weight_block_size"), [1, _GROUP_SIZE]),
         ("scale_fmt", scale_format.lower(), "ue8m0"),
     ):
         if value not in (None, expected):
@@ -167,28 +177,26 @@ def _read_sglang(config: Dict[str, Any], as_w8a8: bool) -> Dict[str, Any]:
                 f'quant_method "mxfp8" with {key} {value!r} is not served, only with '
                 f"{expected!r}"
             )
-    ignored = [
-        name
-        for key in ("ignored_layers", "modules_to_not_convert")
-        for name in config.get(key) or ()
-    ]
     return {
         "mxfp8_format": config.get("mxfp8_format", "mxfp8"),
-        "ignored_layers": _unique(map(_as_own_entry, ignored)),
+        "ignored_layers": own_list(config),
     }
 
 
-def _as_own_entry(name: str) -> str:
-    is_new_glob = _GLOB.search(name) and not _split(name)[0]
-    return f"glob:{name}" if is_new_glob else name
+def own_list(config: Dict[str, Any]) -> List[str]:
+    """The entries of both lists that a config of sglang's own form may have."""
+    keys = ("ignored_layers", "modules_to_not_convert")
+    names = [name for key in keys for name in config.get(key) or ()]
+    is_new_glob = lambda name: _GLOB.search(name) and not _split(name)[0]
+    return _unique(f"glob:{name}" if is_new_glob(name) else name for name in names)
 
 
 def _read_fp8(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, Any]]:
-    if config.get("weight_block_size") != [1, GROUP_SIZE]:
+    if config.get("weight_block_size") != [1, _GROUP_SIZE]:
         return None
     if str(config.get("scale_fmt")).lower() != "ue8m0":
         raise ValueError(
-            f'quant_method "fp8" with weight_block_size [1, {GROUP_SIZE}] is MXFP8 only if '
+            f'quant_method "fp8" with weight_block_size [1, {_GROUP_SIZE}] is MXFP8 only if '
             'its scales are E8M0 bytes: say so with "scale_fmt": "ue8m0"'
         )
     return _read_sglang(config, as_w8a8)
@@ -204,11 +212,11 @@ def _read_modelopt(config: Dict[str, Any], as_w8a8: bool) -> Optional[Dict[str, 
         _refuse_mixed_mxfp8(config.get("quantized_layers") or {})
     if algorithm != "MXFP8":
         return None
-    group_size = config.get("group_size") or GROUP_SIZE
-    if group_size != GROUP_SIZE:
+    group_size = config.get("group_size") or _GROUP_SIZE
+    if group_size != _GROUP_SIZE:
         raise ValueError(
             f"ModelOpt MXFP8 with group_size {group_size} is not served, only with "
-            f"{GROUP_SIZE}"
+            f"{_GROUP_SIZE}"
         )
     ignored = config.get("ignore") or config.get("exclude_modules") or ()
     return {
@@ -295,7 +303,7 @@ def _is_mxfp8(scheme: Optional[Dict[str, Any]]) -> bool:
         and scheme.get("num_bits") == 8
         and scheme.get("type") == "float"
         and scheme.get("strategy") == "group"
-        and scheme.get("group_size") == GROUP_SIZE
+        and scheme.get("group_size") == _GROUP_SIZE
         and scheme.get("symmetric") is not False
         and scheme.get("scale_dtype") in (None, "torch.uint8", "uint8")
     )
@@ -331,16 +339,26 @@ _READERS = {
 }
 
 
-def with_mxfp8_names(
-    weights: Iterable[Tuple[str, torch.Tensor]],
-) -> Iterator[Tuple[str, torch.Tensor]]:
-    """Checkpoint tensors by the names that sglang's MXFP8 loaders know."""
-    for name, tensor in weights:
-        layer, dot, last = name.rpartition(".")
-        yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor
+def has_patterns(entries: Iterable[str]) -> bool:
+    return any(entry.startswith((_UNLESS, "glob:", "re:")) for entry in entries)
 
 
-def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
+def map_names(
+    entries: Iterable[str], mapped: Callable[[List[str]], List[str]]
+) -> List[str]:
+    """The entries by the names that `mapped` gives; regular expressions stay."""
+    result = []
+    for entry in entries:
+        kind, body = _split(entry)
+        names = [body] if kind.endswith("re:") else mapped([body])
+        result += [kind + name for name in names]
+    return _unique(result)
+
+
+@functools.lru_cache(maxsize=8)  # since it is asked again for every layer
+def _matcher(
+    entries: Tuple[str, ...], whole_parts: bool = False
+) -> Callable[[str], bool]:
     """Whether any of these entries has a name, in whatever modules the name is wrapped."""
     modules, parts, globs, patterns = set(), [], [], []
     for kind, body in map(_split, entries):
@@ -350,7 +368,7 @@ def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
         # Some lists have a layer's weight, or what llm-compressor wraps it in.
         body = re.sub(r"(?<=\w)\.(weight|linear)$", "", body)
         if not kind.endswith("glob:"):
-            parts.append(body)
+            parts.append(f".{body.rstrip('.')}." if whole_parts else body)
         elif "." in body and not _GLOB.search(body):
             modules.add(bare_name(body))
         else:
@@ -364,7 +382,7 @@ def _matcher(entries: Iterable[str]) -> Callable[[str], bool]:
         if not modules.isdisjoint(bare[:end] for end in ends):
             return True
         names = [name, *(wrapper + bare for wrapper in _WRAPPERS if bare)]
-        text = "\n".join(names)
+        text = "\n".join(f".{alias}." if whole_parts else alias for alias in names)
         return any(part in text for part in parts) or any(
             pattern.match(alias) for pattern in patterns for alias in names
         )

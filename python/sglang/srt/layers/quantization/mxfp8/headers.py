@@ -7,6 +7,7 @@ from typing import Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
@@ -91,20 +92,38 @@ def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
+def read_index(folder: str) -> Dict[str, str]:
+    """The file of each tensor, by the index of a checkpoint; empty if it has none.
+
+    Raises UpdateRefused for an index that cannot be read, or that has nothing.
+    """
+    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
+    if not os.path.exists(index):
+        return {}
+    try:
+        with open(index) as file:
+            weight_map = json.load(file)["weight_map"]
+        if weight_map and all(map(os.path.basename, weight_map.values())):
+            return weight_map
+        error = "it lists no files"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as caught:
+        error = repr(caught)
+    raise UpdateRefused(
+        f"{index} is no index of a checkpoint: {error}. Fetch it again, or remove it if "
+        "the folder is complete without it"
+    )
+
+
 def check_index(files: List[str], names: Set[str]) -> None:
     """Raises UpdateRefused when a file is missing that the checkpoint's index lists.
 
     Of one that is there, the index may list more: what the model needs is checked.
     """
     folder = os.path.dirname(files[0])
-    index = os.path.join(folder, "model.safetensors.index.json")
-    if not os.path.exists(index):
-        return
-    with open(index) as file:
-        weight_map = json.load(file)["weight_map"]
+    weight_map = read_index(folder)
     for name in sorted(set(weight_map) - names):
         if not os.path.exists(os.path.join(folder, weight_map[name])):
             raise UpdateRefused(
-                f"{index} has {name} in {weight_map[name]}, which is not there: fetch "
-                "the checkpoint again"
+                f"{folder}/{SAFE_WEIGHTS_INDEX_NAME} has {name} in {weight_map[name]}, "
+                "which is not there: fetch the checkpoint again"
             )

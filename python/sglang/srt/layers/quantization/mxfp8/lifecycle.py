@@ -19,13 +19,13 @@ from sglang.srt.distributed import get_pp_group, get_tp_group
 from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
-from sglang.srt.layers.quantization.mxfp8.formats import with_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.headers import read_index, reads_files
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
+    with_mxfp8_names,
 )
-from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.routing import (
     ANY_M,
     Mxfp8LinearChoice,
@@ -38,6 +38,7 @@ from sglang.srt.layers.quantization.mxfp8.update_check import (
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
+    refuse_twice,
 )
 from sglang.srt.layers.quantization.mxfp8.weights import (
     Mxfp8LinearWeights,
@@ -201,6 +202,9 @@ def check_mxfp8_disk_update(
             )
     except Exception as error:
         refusal = error
+        if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
+            hub = f"nor such a model on a hub ({error})"
+            refusal = UpdateRefused(f"there is no such folder here, {hub}")
     try:
         agree_to_write(refusal)
     except UpdateRefused as error:
@@ -212,6 +216,8 @@ def _files_of(loader, source) -> Tuple[List[str], bool]:
     """A checkpoint's files, and whether they are safetensors."""
     from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
 
+    if os.path.isdir(source.model_or_path):
+        read_index(source.model_or_path)
     # The load verifies checksums itself.
     args = get_global_server_args()
     checksum, args.model_checksum = args.model_checksum, None
@@ -310,7 +316,8 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
     for path, module in model.named_modules():
         if any(is_mxfp8_expert(module, p) for p in module.parameters(recurse=False)):
             refuse_experts(n for n, _ in named_tensors if n.startswith(f"{path}."))
-    refuse_bad_kv_scales(named_tensors)
+    refuse_twice(named_tensors)
+    refuse_bad_kv_scales(model, named_tensors)
     refuse_non_finite(named_tensors)
 
 

@@ -8,6 +8,7 @@ import copy
 from typing import Any, Callable, Iterator, Set
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def build_on_meta(
@@ -36,7 +37,7 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     ropes = dict(_ROPE_DICT)  # a real model must not find those of one on meta
     set_offloader(NoopOffloader())
     try:
-        with set_default_torch_dtype(dtype), torch.device("meta"):
+        with set_default_torch_dtype(dtype), torch.device("meta"), _Numbers():
             yield
     finally:
         set_offloader(offloader)
@@ -44,6 +45,17 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
         _ROPE_DICT.update(ropes)
         # Upstream's context leaves its own behind an exception.
         torch.set_default_dtype(before)
+
+
+class _Numbers(TorchFunctionMode):
+    """What is made of Python's numbers stays on the CPU: some constructors read it back."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_number = function is torch.tensor and isinstance(args[0], (int, float))
+        if is_number or function is torch.linspace:
+            kwargs = {"device": "cpu", **kwargs}
+        return function(*args, **kwargs)
 
 
 class Probe(torch.Tensor):
@@ -71,13 +83,13 @@ class Probe(torch.Tensor):
                 source.load.write(source, args[0], place)
             if not args[0].is_meta:
                 return args[0]  # made on a device by name: nothing can be copied there
+        if function is _ITEM:
+            args[0].load.read(args[0])
+            return 0.0
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
         if function is _COPY or function is _SET_ITEM:
             return result
-        if function is _ITEM:
-            args[0].load.read(args[0])
-            return 0.0
         if isinstance(result, torch.Tensor):
             return cls._derived(result, args)
         if type(result) in (tuple, list):

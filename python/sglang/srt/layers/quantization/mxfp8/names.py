@@ -10,29 +10,33 @@ import functools
 import logging
 import re
 from dataclasses import dataclass, field
-from typing import Callable, Dict, Iterable, List, Optional, Set, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8.formats import bare_name, with_mxfp8_names
+from sglang.srt.layers.quantization.mxfp8.formats import bare_name
 from sglang.srt.layers.quantization.mxfp8.headers import read_headers, reads_files
 from sglang.srt.layers.quantization.mxfp8.meta import (
     Probe,
     build_on_meta,
     on_meta_device,
 )
+from sglang.srt.layers.quantization.mxfp8.weights import SCALE
+from sglang.srt.server_args import get_global_server_args
 
 logger = logging.getLogger(__name__)
 
 Weights = Iterable[Tuple[str, torch.Tensor]]
 Shapes = Dict[str, Tuple[int, ...]]
 
+# What the parameter is called in checkpoints of ModelOpt and compressed-tensors.
+OTHER_SCALE = "weight_scale"
 _KV_SCALE = re.compile(
     r"\.(?:(?P<kind>k|v|kv)_scale|(?P<quark>k|v)_proj\.output_scale)$"
 )
 # The attention layers of models on the Transformers backend, by number.
 _OUTSIDE = "attention_instances"
-_IS_SCALE = re.compile(r"_scale(_inv|_2)?$")
+IS_SCALE = re.compile(r"_scales?(_inv|_2)?$")
 
 
 @dataclass
@@ -205,7 +209,7 @@ def plan_mxfp8(initialize: Callable, loader, model_config, quant_config) -> Mxfp
     listed = quant_config.mxfp8_layers
     shapes = _shapes(loader, model_config)
     scales = [name for name in shapes if _KV_SCALE.search(name)]
-    shapes = {name: s for name, s in shapes.items() if not _IS_SCALE.search(name)}
+    shapes = {name: s for name, s in shapes.items() if not IS_SCALE.search(name)}
     wanted = {group for name in scales for group in _above(name)}
     wanted |= {_group(name) for name in shapes if not listed.has(module_of(name))}
     shapes = {name: s for name, s in shapes.items() if _group(name) in wanted}
@@ -310,7 +314,8 @@ def takes_mxfp8_names(get_model_loader: Callable) -> Callable:
             model = initialize_model(*configs)
             quant_config.choose_mxfp8 = None
             give_kv_scales(model, quant_config)
-            model.load_weights = _by_name(model, quant_config.mxfp8_plan)
+            model.mxfp8_plan = quant_config.mxfp8_plan
+            model.load_weights = _by_name(model)
             model.mxfp8_twin = functools.partial(build_on_meta, initialize, *configs)
             return model
 
@@ -319,51 +324,89 @@ def takes_mxfp8_names(get_model_loader: Callable) -> Callable:
     return decorate
 
 
-def _by_name(model: torch.nn.Module, plan: Mxfp8Plan) -> Callable:
+def with_mxfp8_names(weights: Weights) -> Weights:
+    """Checkpoint tensors by the names that sglang's MXFP8 loaders know."""
+    for name, tensor in weights:
+        layer, dot, last = name.rpartition(".")
+        yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor
+
+
+def _by_name(model: torch.nn.Module) -> Callable:
     load_weights = model.load_weights
 
     @functools.wraps(load_weights)
     def load_named_weights(weights, *args, **kwargs):
-        named = load_kv_scales(model, plan, with_mxfp8_names(weights))
+        named = load_kv_scales(model, with_mxfp8_names(weights))
         return load_weights(named, *args, **kwargs)
 
     return load_named_weights
 
 
-def load_kv_scales(model: torch.nn.Module, plan, weights: Weights) -> Weights:
+def load_kv_scales(model: torch.nn.Module, weights: Weights) -> Weights:
     """Load the scales of the KV cache among `weights`, and yield the others.
 
-    Raises ValueError, naming it, for a scale that has no place in the model, is not one
-    number, or not positive, and for a value's first scale without a key's.
+    Raises ValueError, naming it, for a scale that has no place in the model or that
+    `_refuse_kv_scale` refuses, and for a value's first scale without a key's.
     """
-    caches = None
-    for name, tensor in weights:
-        match = _KV_SCALE.search(name)
-        if match is None:
+    written = {}
+    for name, tensor, places in _with_kv_places(model, weights):
+        if places is None:
             yield name, tensor
-            continue
-        caches = kv_caches(model) if caches is None else caches
-        kinds = match["kind"] or match["quark"]
-        for path in plan.attention_of(name, caches):
-            for kind in kinds:
-                _set_kv_scale(caches[path], f"{kind}_scale", name, tensor)
-    for path, cache in (caches or {}).items():
+        for path, cache, kind in places or ():
+            _set_kv_scale(cache, kind, name, tensor)
+            written[path] = cache
+    for path, cache in written.items():
         if not cache.k_scale.is_meta and cache.k_scale < 0 < cache.v_scale:
             raise ValueError(f"{path} has a scale for values, but none for keys")
 
 
-def refuse_bad_kv_scales(weights: Weights) -> None:
-    """Raise ValueError, naming it, for a scale of the KV cache that is not one positive
-    number."""
-    for name, scale in weights:
-        if not _KV_SCALE.search(name):
+def refuse_bad_kv_scales(model: torch.nn.Module, weights: Weights) -> None:
+    """Raise ValueError, naming it, for a scale that `load_kv_scales` would not load."""
+    for name, scale, places in _with_kv_places(model, weights):
+        for _, cache, kind in places or ():
+            _refuse_kv_scale(cache, kind, name, scale)
+
+
+def _with_kv_places(model: torch.nn.Module, weights: Weights) -> Iterator:
+    """(name, tensor, places): (path, attention layer, kind) of each place of a scale of
+    the KV cache; None for other tensors."""
+    caches = None
+    for name, tensor in weights:
+        match = _KV_SCALE.search(name)
+        if match is None:
+            yield name, tensor, None
             continue
-        if scale.numel() != 1:
-            raise ValueError(
-                f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"
-            )
-        if not scale.is_meta and not 0 < scale.item() < float("inf"):
-            raise ValueError(f"{name} is {scale.item()}: a scale is a positive number")
+        caches = kv_caches(model) if caches is None else caches
+        yield name, tensor, [
+            (path, caches[path], f"{kind}_scale")
+            for path in model.mxfp8_plan.attention_of(name, caches)
+            for kind in match["kind"] or match["quark"]
+        ]
+
+
+def _refuse_kv_scale(
+    cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
+) -> None:
+    """Raise ValueError for a scale that is not one positive number, and for another than
+    CUDA graphs may have kept: some attention kernels take it as a number of Python's.
+    """
+    if scale.numel() != 1:
+        raise ValueError(
+            f"{name} is {list(scale.shape)}: a KV cache has one scale a layer here"
+        )
+    if scale.is_meta:
+        return
+    number, served = scale.float().item(), getattr(cache, f"{kind}_float")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} is {number}: a scale is a positive number")
+    args = get_global_server_args()
+    graphs = args.device != "cpu" and not args.disable_cuda_graph
+    if graphs and served not in (None, number):
+        raise ValueError(
+            f"{name} changes from {served} to {number}, and CUDA graphs may keep the old "
+            "one: restart the server on the new weights, or serve with "
+            "--disable-cuda-graph"
+        )
 
 
 def remake_kv_floats(model: torch.nn.Module) -> None:
@@ -377,7 +420,7 @@ def remake_kv_floats(model: torch.nn.Module) -> None:
 def _set_kv_scale(
     cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
 ) -> None:
-    refuse_bad_kv_scales([(name, scale)])
+    _refuse_kv_scale(cache, kind, name, scale)
     getattr(cache, kind).data.copy_(scale.reshape(()))
     # What the attention kernels take, once it is made of the first scales.
     if getattr(cache, f"{kind}_float") is not None:

@@ -21,6 +21,7 @@ import torch
 from packaging.version import Version
 
 from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.mxfp8 import shapes
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
 from sglang.srt.utils import (
@@ -340,48 +341,12 @@ def _first_that_takes(
     for backend in _FALLBACKS[_FALLBACKS.index(first) :]:
         if backend not in available:
             continue
-        refusal = _REFUSALS[backend](n, k, dtype)
+        refusal = shapes.refusal(backend.value, n, k, dtype)
         if refusal is None:
             return backend, refusals
         if refusal not in refusals:
             refusals.append(refusal)
     return WEIGHT_ONLY, refusals
-
-
-def _trtllm_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if dtype != torch.bfloat16:
-        return f"trtllm writes bf16 only, not {dtype}"
-    if k % 256 != 0:
-        return f"K = {k} is not a multiple of 256 (trtllm)"
-    return _cutlass_refusal(n, k, dtype)
-
-
-def _cutlass_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{dtype} activations cannot be quantized"
-    if n < 128 or k < 128:
-        return f"[{n}, {k}] is smaller than 128 x 128"
-    if n % 32 != 0:
-        return f"N = {n} is not a multiple of 32"
-    return None
-
-
-def _triton_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    if n % 128 != 0 or k % 128 != 0:
-        return f"[{n}, {k}] is not in multiples of 128 (triton)"
-    return None
-
-
-def _weight_only_refusal(n: int, k: int, dtype: torch.dtype) -> Optional[str]:
-    return None
-
-
-_REFUSALS = {
-    TRTLLM: _trtllm_refusal,
-    CUTLASS: _cutlass_refusal,
-    TRITON: _triton_refusal,
-    WEIGHT_ONLY: _weight_only_refusal,
-}
 
 
 def _max_m_8x4(

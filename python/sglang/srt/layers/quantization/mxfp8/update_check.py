@@ -26,12 +26,20 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     note_taken,
     shorten,
 )
-from sglang.srt.layers.quantization.mxfp8.formats import OTHER_SCALE, SCALE
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
-from sglang.srt.layers.quantization.mxfp8.names import refuse_bad_kv_scales
-from sglang.srt.layers.quantization.mxfp8.numerics import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.weights import WEIGHT, name_mxfp8_weights
+from sglang.srt.layers.quantization.mxfp8.names import (
+    IS_SCALE,
+    OTHER_SCALE,
+    refuse_bad_kv_scales,
+    with_mxfp8_names,
+)
+from sglang.srt.layers.quantization.mxfp8.weights import (
+    SCALE,
+    WEIGHT,
+    name_mxfp8_weights,
+)
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 
@@ -95,7 +103,7 @@ class UpdateCheck:
         if not note_taken(taken, () if self._is_part else untaken):
             self._refuse_nothing(untaken)
         named_tensors = [named for named in named_tensors if named[0] in taken]
-        refuse_bad_kv_scales(named_tensors)
+        refuse_bad_kv_scales(model, named_tensors)
         refuse_non_finite(named_tensors, self._quantizes)
 
     def files(
@@ -135,6 +143,7 @@ class UpdateCheck:
         digest = _digest(named_tensors, whole)
         if digest in self._passed:
             return self._passed[digest]
+        refuse_twice(named_tensors)
         for weights in self._layers:
             weights.loaded.clear()
         load = _MetaLoad(self._parameters)
@@ -146,7 +155,7 @@ class UpdateCheck:
             raise UpdateRefused(f"{own or repr(error)}{way_out}") from error
         taken = load.taken
         untaken = [name for name, _ in named_tensors if name not in taken]
-        _refuse_lost_scales(untaken, taken)
+        _refuse_lost_scales(untaken, taken, {n for n, _ in self._model.named_modules()})
         if whole and taken:
             _refuse_missing_scales(named_tensors, taken)
             self._refuse_unfilled(load)
@@ -165,10 +174,13 @@ class UpdateCheck:
             )
 
     def _refuse_nothing(self, untaken: List[str]) -> None:
-        if not self._is_part:
-            raise UpdateRefused(
-                f"the model takes nothing of {len(untaken)} tensors: {shorten(untaken)}"
-            )
+        if self._is_part:
+            return
+        if not untaken:
+            raise UpdateRefused("the update has no tensors")
+        raise UpdateRefused(
+            f"the model takes nothing of {len(untaken)} tensors: {shorten(untaken)}"
+        )
 
     def _refuse_unfilled(self, load: "_MetaLoad") -> None:
         unfilled = [
@@ -297,13 +309,27 @@ def _digest(named_tensors: List[Tuple[str, Any]], whole: bool) -> bytes:
     return digest.digest()
 
 
-def _refuse_lost_scales(untaken: List[str], taken: Set[str]) -> None:
-    for name in untaken:
-        layer, _, last = name.rpartition(".")
-        if last.startswith(f"{WEIGHT}_scale") and f"{layer}.{WEIGHT}" in taken:
+def refuse_twice(named_tensors: List[Tuple[str, Any]]) -> None:
+    """Raise UpdateRefused for a tensor that comes twice, if by both names of a scale."""
+    seen: Set[str] = set()
+    for name, _ in with_mxfp8_names(named_tensors):
+        if name in seen:
+            raise UpdateRefused(f"{name} comes twice, or as {OTHER_SCALE} as well")
+        seen.add(name)
+
+
+def _refuse_lost_scales(untaken: List[str], taken: Set[str], modules: Set[str]) -> None:
+    """Of one of the model's `modules`, or of what they, or their members, are loaded from."""
+    for _ in range(2):
+        taken = {name.rpartition(".")[0] for name in taken}
+        modules |= taken
+    for name in filter(IS_SCALE.search, untaken):
+        module = name.rpartition(".")[0]
+        if module and module in modules:
             raise UpdateRefused(
-                f"the model takes {layer}.{WEIGHT} but not {name}; the scale of an MXFP8 "
-                f"layer is called {SCALE} or weight_scale"
+                f"the model takes {module}, but not {name}; the scale of an MXFP8 layer "
+                f"is called {SCALE} or {OTHER_SCALE}, those of a KV cache k_scale and "
+                "v_scale"
             )
 
 

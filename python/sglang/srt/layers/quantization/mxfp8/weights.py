@@ -9,6 +9,7 @@ identity, class, shape and address in both forms.
 """
 
 import threading
+import time
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -18,7 +19,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from sglang.srt.layers.quantization.mxfp8.formats import SCALE
+from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
     shuffle_rows_,
@@ -33,11 +34,10 @@ from sglang.srt.layers.quantization.mxfp8.numerics import (
     GROUP_SIZE,
     dequantize,
     quantize,
-    refuse_non_finite,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearChoice
 
-WEIGHT = "weight"
+WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
 _SAME_BYTES = {
     torch.float8_e4m3fn: (torch.uint8,),
@@ -74,9 +74,10 @@ class HalfMoved(RuntimeError):
     and CUDA graphs read them past every Python object that could refuse."""
 
 
-def refuse_half_moved() -> None:
-    """Raise HalfMoved for good, once a layer of this process was left so."""
+def refuse_half_moved(grace: float = 0.0) -> None:
+    """Raise HalfMoved for good, `grace` seconds after a layer of this process was left so."""
     if _half_moved is not None:
+        time.sleep(grace)
         raise HalfMoved(_half_moved)
 
 

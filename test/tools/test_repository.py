@@ -1,0 +1,82 @@
+"""What this repository says of itself: links, pins, generated text, mutations, stand-ins."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import mutation_check
+import pytest
+import routing_table
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def anchors(page: Path) -> set:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall("(?m)^#+ (.*)$", page.read_text())
+    return {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_exist(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def pins(file: str) -> dict:
+    text = (ROOT / "requirements" / file).read_text()
+    found = re.findall(r"(?m)^([\w.-]+)==([^\s;]+)", text)
+    return {name.lower().replace("_", "-"): version for name, version in found}
+
+
+def test_requirements_hold_what_the_release_and_the_other_files_ask_for():
+    config = tomllib.loads((ROOT / "upstream.toml").read_text())
+    wanted = {name.replace("_", "-"): v for name, v in config["requires"].items()}
+    lock = pins("lock.txt")
+    assert wanted.items() <= lock.items()
+    assert wanted == pins("overrides.txt")
+    assert pins("serve.in")["sglang"] == config["release"]["version"]
+    assert pins("tools.txt").items() <= lock.items()
+    assert "sglang" not in lock
+
+
+def test_the_written_routing_table_is_the_one_that_the_code_makes():
+    page = routing_table.PAGE.read_text()
+    assert routing_table.rewritten(page) == page
+
+
+def test_each_mutation_fits_the_installed_code_once():
+    package = Path(importlib.util.find_spec("sglang").origin).parent
+    mutations = mutation_check.read_mutations()
+    assert len(mutations) >= 40
+    for name, mutation in mutations.items():
+        assert not mutation_check.misfit(package, mutation), name
+        source = (package / mutation["file"]).read_text()
+        mutated = source.replace(mutation["find"], mutation["replace"])
+        assert mutated != source, name
+        compile(mutated, mutation["file"], "exec")
+        tests = mutation["tests"][0].partition("::")[0]
+        assert (mutation_check.TESTS / tests).is_file(), name
+
+
+def test_names_of_the_stand_ins_import_and_calls_raise():
+    program = "import sgl_kernel; from sgl_kernel.kvcacheio import transfer_kv as f\n"
+    program += "assert not hasattr(sgl_kernel, '__version__'); f(1, out=2)"
+    told = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS / "cpu_stand_ins")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    last = told.stderr.splitlines()[-1]
+    assert last.startswith("RuntimeError: sgl_kernel.transfer_kv needs a CUDA device")
+    assert "cpu_stand_ins" in last
