@@ -4,6 +4,7 @@ Imports within a function are of what sglang 0.5.23 lacks.
 """
 
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -180,7 +181,7 @@ def loaded_mxfp8_linear(*args, seed: int = 0, **kwargs):
     layer = mxfp8_linear(*args, **kwargs)
     _, weight, scale = random_mxfp8(*layer.weight.shape, seed)
     load_mxfp8(layer, weight, scale)
-    layer.mxfp8_weights.to_kernel_form()
+    layer.quant_method.process_weights_after_loading(layer)
     return layer, weight, scale
 
 
@@ -467,6 +468,23 @@ def reference_logprobs(model: torch.nn.Module, input_ids: List[int]) -> torch.Te
     logits = model(torch.tensor([input_ids])).logits[0, :-1].float()
     targets = torch.tensor(input_ids[1:]).unsqueeze(1)
     return logits.log_softmax(-1).gather(1, targets)[:, 0]
+
+
+def assert_as_close_as_bf16(
+    served: torch.Tensor, model: torch.nn.Module, input_ids: List[int], times: float
+) -> None:
+    """Log probabilities of the last tokens are no further from a transformers model in
+    fp32 than `times` what running that in bf16 moves it by."""
+    expected = reference_logprobs(model, input_ids)
+    in_bf16 = reference_logprobs(copy.deepcopy(model).bfloat16(), input_ids)
+    bf16_error = (in_bf16 - expected).abs().mean()
+    error = (served - expected[-len(served) :]).abs().mean()
+    print(
+        f"mean |logprob - transformers fp32|: served {error:.3f}, "
+        f"transformers bf16 {bf16_error:.3f}; mean logprob: served "
+        f"{served.mean():.3f}, transformers fp32 {expected.mean():.3f}"
+    )
+    assert error < times * bf16_error, (error, bf16_error)
 
 
 def free_port() -> int:

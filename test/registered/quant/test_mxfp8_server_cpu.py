@@ -9,18 +9,17 @@ import tempfile
 import unittest
 
 import openai
-import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    TINY_LLAMA,
     CpuServer,
     as_reference,
-    fp8_gemm_backend,
-    init_single_process_parallel_state,
-    mxfp8_config,
+    assert_as_close_as_bf16,
+    load_mxfp8,
+    mxfp8_linear,
     only_on,
     reference_linear,
     reference_logprobs,
@@ -29,7 +28,7 @@ from sglang.test.mxfp8_utils import (
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=120, suite="default")
+register_cpu_ci(est_time=90, suite="default")
 
 MODEL = os.environ.get("MXFP8_TEST_MODEL", "")
 TEXT = (
@@ -63,22 +62,13 @@ class TestRealModel(CustomTestCase):
 
     def test_logprobs_differ_from_transformers_no_more_than_bf16_moves_them(self):
         served = self.server.logprobs(self.input_ids)
+        assert_as_close_as_bf16(served, self.reference, self.input_ids, times=1.2)
+        # Its weights are e4m3 values and powers of two, which bf16 holds.
         expected = reference_logprobs(self.reference, self.input_ids)
-        in_bf16 = reference_logprobs(self.reference.bfloat16(), self.input_ids)
-        self.reference.float()  # its weights are e4m3 values and powers of two
-        error = (served - expected).abs().mean()
-        bf16_error = (in_bf16 - expected).abs().mean()
-        print(
-            f"mean |logprob - transformers fp32|: served {error:.3f}, "
-            f"transformers bf16 {bf16_error:.3f}; mean logprob: served "
-            f"{served.mean():.3f}, transformers fp32 {expected.mean():.3f}"
-        )
-        self.assertLess(error, 1.2 * bf16_error)
         self.assertLess((served.mean() - expected.mean()).abs(), 0.1)
 
     def test_every_linear_agrees_with_transformers_to_bf16_rounding(self):
         """Each layer alone, on the activations that transformers gives it."""
-        init_single_process_parallel_state()
         seen, worst = {}, 0.0
         for name, module in self.reference.named_modules():
             if f"{name}.weight_scale_inv" in self.tensors:
@@ -89,61 +79,44 @@ class TestRealModel(CustomTestCase):
             own = [self.tensors[f"{name}.{n}"] for n in ("weight", "weight_scale_inv")]
             expected = reference_linear(x, *own)
             for backend in ("flashinfer_trtllm", "flashinfer_cutlass"):
-                output = self.layer(backend, *own)(x)[0].double()
-                error = (output - expected).norm() / expected.norm()
+                layer = mxfp8_linear(*own[0].shape, backend)
+                load_mxfp8(layer, *own)
+                layer.quant_method.process_weights_after_loading(layer)
+                error = (layer(x)[0].double() - expected).norm() / expected.norm()
                 worst = max(worst, error.item())
         self.assertEqual(len(seen), 210)
         print(f"largest relative error of a linear layer: {worst:.5f}")
         self.assertLess(worst, 2**-8)
 
-    @staticmethod
-    def layer(backend: str, weight, scale) -> ReplicatedLinear:
-        with fp8_gemm_backend(backend):
-            layer = ReplicatedLinear(
-                *reversed(weight.shape),
-                bias=False,
-                params_dtype=torch.bfloat16,
-                quant_config=mxfp8_config(),
-            )
-        layer.weight.weight_loader(layer.weight, weight)
-        layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
-        layer.quant_method.process_weights_after_loading(layer)
-        return layer
 
-
-@only_on(
-    "0.5.9"
-)  # both backends are compared by layer on 0.5.23, and it logs otherwise
-class TestTinyModels(CustomTestCase):
+# Layers are compared one by one on 0.5.23, whose log is another.
+@only_on("0.5.9")
+class TestTinyModel(CustomTestCase):
     # gate_up has N = 3072, which the rule leaves to 128x4; the others are narrow.
     sizes = dict(intermediate_size=1536, vocab_size=512)
 
     @classmethod
     def setUpClass(cls):
         directory = cls.enterClassContext(tempfile.TemporaryDirectory())
-        tensors = tiny_llama_tensors(**cls.sizes)
-        path = write_checkpoint(directory, tensors, **cls.sizes)
+        cls.tensors = tiny_llama_tensors(**cls.sizes)
+        path = write_checkpoint(directory, cls.tensors, **cls.sizes)
         cls.args = path, "--skip-tokenizer-init"
 
-    def served(self, backend: str, layers: str) -> list:
-        """Log probabilities of a prompt of 300 tokens and of 5."""
-        prompts = [[(7 * i) % 500 + 3 for i in range(m)] for m in (300, 5)]
-        with CpuServer(*self.args, backend=backend) as server:
-            self.assertRegex(server.log.getvalue(), layers)
-            return [server.logprobs(prompt) for prompt in prompts]
-
-    def test_trtllm_serves_what_cutlass_serves(self):
-        """All layers are trtllm's, with both scale layouts. Emulated kernels compute the
-        same from either layout and for either backend, so another layout in the wrong
-        place shows as another log probability."""
-        trtllm = self.served(
-            "flashinfer_trtllm",
-            r"6 on flashinfer_trtllm, 8x4 scales up to M = 128 .*"
-            r"2 on flashinfer_trtllm, 128x4 scales .gate_up_proj .3072, 512",
-        )
-        cutlass = self.served("flashinfer_cutlass", r": 8 on flashinfer_cutlass \(")
-        for ours, other in zip(trtllm, cutlass):
-            self.assertTrue(torch.equal(ours, other))
+    def test_both_scale_layouts_of_trtllm(self):
+        """Of a long prompt all scales are 128x4; of a short one those of narrow layers
+        are 8x4."""
+        config = LlamaConfig(**{**TINY_LLAMA, **self.sizes})
+        reference = as_reference(LlamaForCausalLM(config), self.tensors)
+        with CpuServer(*self.args) as server:
+            self.assertRegex(
+                server.log.getvalue(),
+                r"6 on flashinfer_trtllm, 8x4 scales up to M = 128 .*"
+                r"2 on flashinfer_trtllm, 128x4 scales .gate_up_proj .3072, 512",
+            )
+            for m in (300, 40):
+                prompt = [(7 * i) % 500 + 3 for i in range(m)]
+                served = server.logprobs(prompt)
+                assert_as_close_as_bf16(served, reference, prompt, times=1.2)
 
     def test_what_is_refused_at_start_stops_a_server(self):
         server = CpuServer(*self.args, env={"SGLANG_MXFP8_EMULATION": "0"})
