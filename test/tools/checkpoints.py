@@ -1,38 +1,25 @@
-"""A tiny Llama with random weights, the same ones each time, and how checkpoints are read.
-
-Each of its linears, as sglang merges them, has N % 128 == 0 and K % 256 == 0, so that
-flashinfer_trtllm takes them all; SmolLM2's has neither. It answers nothing sensible.
-"""
+"""What the tests of checkpoints share: a tiny Llama, and how files are read and written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from compressed_tensors.quantization import preset_name_to_scheme
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-CONFIG = dict(
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=2048,
-    vocab_size=512,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=2,
-)
+from sglang.test.mxfp8_utils import TINY_LLAMA, same_bytes, with_weight_scale
 
 
-def make_synthetic_model(output: Path, tie_word_embeddings: bool = True) -> None:
-    """Save the model at `output`, in bf16."""
+def save_tiny_llama(output: Path, **changes) -> None:
+    """In bf16, with random weights, the same ones each time."""
+    config = {**TINY_LLAMA, **changes}
+    del config["quantization_config"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(**CONFIG, tie_word_embeddings=tie_word_embeddings)
-        model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(output)
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    model.bfloat16().save_pretrained(output)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -45,22 +32,38 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
+def read_config(path: Path) -> dict:
+    return json.loads((path / "config.json").read_text())
 
 
-def quantization_config(path: Path) -> dict:
-    return read_json(path / "config.json")["quantization_config"]
+def write(path: Path, tensors: dict, config: dict) -> Path:
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
 
 
-def same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.view(torch.uint8), right.view(torch.uint8)
-    )
-
-
-def same_tensors(left: Path, right: Path) -> bool:
-    left, right = read_tensors(left), read_tensors(right)
+def same_tensors(left: dict, right: dict) -> bool:
     return left.keys() == right.keys() and all(
-        same_bytes(left[name], right[name]) for name in left
+        left[name].dtype == right[name].dtype and same_bytes(left[name], right[name])
+        for name in left
     )
+
+
+def write_as(form: str, source: Path, output: Path) -> Path:
+    """The MXFP8 checkpoint at `source` in the form of "modelopt" or "compressed-tensors",
+    which list layers by the checkpoint's names only."""
+    tensors = read_tensors(source)
+    matrices = [n for n, t in tensors.items() if t.dim() > 1 and t.itemsize > 1]
+    quantization = {
+        "quant_method": form,
+        "ignore": [name.removesuffix(".weight") for name in matrices],
+    }
+    if form == "modelopt":
+        quantization["quant_algo"] = "MXFP8"
+    else:
+        scheme = preset_name_to_scheme("MXFP8", ["Linear"]).model_dump(mode="json")
+        quantization["config_groups"] = {"group_0": scheme}
+    shutil.copytree(source, output)
+    config = {**read_config(source), "quantization_config": quantization}
+    return write(output, with_weight_scale(tensors), config)

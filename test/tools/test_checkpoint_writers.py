@@ -1,19 +1,12 @@
-"""convert_to_mxfp8.py --format against what others write and read in these formats:
-compressed_tensors, which the server needs too, and ModelOpt, as it wrote once
-(benchmark/results/mxfp8_writers.md)."""
+"""What ModelOpt and compressed-tensors write, sglang loads, byte for byte."""
 
-from fnmatch import fnmatchcase
+import copy
 from pathlib import Path
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
-from checkpoints import (
-    make_synthetic_model,
-    quantization_config,
-    read_json,
-    read_tensors,
-    same_bytes,
-)
+from checkpoints import read_config, read_tensors, save_tiny_llama, write
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -21,80 +14,43 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from compressed_tensors.quantization.utils import calculate_qparams
-from convert_to_mxfp8 import main
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
 
-# Kept as they are in the `mixed` checkpoints: a whole block, and one linear.
-IGNORED = ["model.layers.0.self_attn.*", "model.layers.1.mlp.down_proj"]
-KEPT = [f"model.layers.0.self_attn.{name}_proj" for name in "koqv"] + IGNORED[1:]
+from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+from sglang.srt.layers.quantization.mxfp8.numerics import quantize
+from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    load_on_cpu,
+    same_bytes,
+)
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("synthetic") / "model"
-    make_synthetic_model(path, tie_word_embeddings=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def convert(model, tmp_path_factory):
-    """Convert the model once per list of arguments; gives the directory."""
-    outputs = {}
-
-    def run(*arguments: str) -> Path:
-        if arguments not in outputs:
-            output = tmp_path_factory.mktemp("converted") / "model"
-            assert main([str(model), str(output), *arguments]) == 0
-            outputs[arguments] = output
-        return outputs[arguments]
-
-    return run
+# Kept in bf16: a whole block, and one linear.
+KEPT = ["model.layers.0.self_attn.", "model.layers.1.mlp.down_proj"]
 
 
-def mixed(form: str) -> list[str]:
-    return [f"--format={form}", *(f"--ignore={pattern}" for pattern in IGNORED)]
+def write_by_modelopt(model: torch.nn.Module, path: Path) -> None:
+    mtq.quantize(model, copy.deepcopy(mtq.MXFP8_DEFAULT_CFG))
+    for name in KEPT:
+        mtq.disable_quantizer(model, f"{name}*")
+    export_hf_checkpoint(model, export_dir=path)
 
 
-def dequantized(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """e4m3 [N, K] times 2^(byte - 127) of uint8 [N, K/32], in fp64."""
-    factor = torch.exp2(scale.double() - 127).repeat_interleave(32, dim=1)
-    return values.double() * factor
+def write_by_older_modelopt(model: torch.nn.Module, path: Path) -> None:
+    """With hf_quant_config.json alone."""
+    write_by_modelopt(model, path)
+    config = read_config(path)
+    del config["quantization_config"]
+    write(path, read_tensors(path), config)
 
 
-@pytest.mark.parametrize("arguments", [[], [f"--ignore={p}" for p in IGNORED]])
-@pytest.mark.parametrize("form", ["modelopt", "compressed-tensors"])
-def test_every_format_has_the_same_bytes(convert, form, arguments):
-    ours = read_tensors(convert("--format=sglang", *arguments))
-    theirs = read_tensors(convert(f"--format={form}", *arguments))
-    assert any(name.endswith("_scale_inv") for name in ours)
-    renamed = {name.replace("_scale_inv", "_scale"): t for name, t in ours.items()}
-    assert theirs.keys() == renamed.keys()
-    assert all(same_bytes(theirs[name], renamed[name]) for name in theirs)
-
-
-def test_lists_have_the_checkpoints_names_and_the_head(model, convert, tmp_path):
-    tied = tmp_path / "tied"
-    make_synthetic_model(tied)
-    assert "lm_head.weight" not in read_tensors(tied)
-    for form in ("modelopt", "compressed-tensors"):
-        listed = quantization_config(convert(*mixed(form)))["ignore"]
-        assert listed == sorted([*KEPT, "lm_head", "model.embed_tokens"])
-        output = tmp_path / form
-        assert main([str(tied), str(output), f"--format={form}"]) == 0
-        listed = quantization_config(output)["ignore"]
-        assert listed == ["lm_head", "model.embed_tokens"]
-
-
-# --- compressed_tensors ---
-
-
-@pytest.fixture(scope="module")
-def compressed(model, tmp_path_factory) -> Path:
-    """The model as compressed_tensors itself compresses and saves it, by its preset."""
-    module = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    preset = QuantizationConfig(config_groups={"MXFP8": ["Linear"]}, ignore=["lm_head"])
-    apply_quantization_config(module, preset)
-    for linear in module.modules():
+def write_by_compressed_tensors(model: torch.nn.Module, path: Path) -> None:
+    ignore = ["lm_head", *(f"re:{name}.*" for name in KEPT)]
+    preset = QuantizationConfig(config_groups={"MXFP8": ["Linear"]}, ignore=ignore)
+    apply_quantization_config(model, preset)
+    for linear in model.modules():
         if hasattr(linear, "weight_scale"):
             groups = linear.weight.detach().unflatten(1, (-1, 32))
             scale, _ = calculate_qparams(
@@ -102,82 +58,50 @@ def compressed(model, tmp_path_factory) -> Path:
             )
             linear.weight_scale.data.copy_(scale)
             linear.quantization_status = QuantizationStatus.FROZEN
-    compressor = ModelCompressor.from_pretrained_model(module)
-    compressor.compress_model(module)
-    path = tmp_path_factory.mktemp("compressed_tensors") / "model"
-    module.save_pretrained(path)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(path)
     compressor.update_config(path)
-    return path
 
 
-def test_config_is_what_compressed_tensors_writes(compressed, convert):
-    theirs = quantization_config(compressed)
-    ours = quantization_config(convert("--format=compressed-tensors"))
-    assert ours.pop("ignore") == [*theirs.pop("ignore"), "model.embed_tokens"]
-    assert ours == theirs
+WRITERS = write_by_modelopt, write_by_older_modelopt, write_by_compressed_tensors
 
 
-def test_tensors_are_those_of_compressed_tensors(model, compressed, convert):
-    """Its scale is twice ours where amax is 448 * 2^n, and the same everywhere else."""
-    source = read_tensors(model)
-    ours, theirs = read_tensors(convert("--format=compressed-tensors")), read_tensors(
-        compressed
-    )
-    assert ours.keys() == theirs.keys()
+@pytest.mark.parametrize("write_model", WRITERS)
+def test_sglang_holds_its_bytes_which_are_ours(write_model, tmp_path):
+    """But for compressed-tensors' scale, which is twice ours where amax is 448 * 2^n."""
+    source, path = tmp_path / "source", tmp_path / "written"
+    save_tiny_llama(source, tie_word_embeddings=False)
+    write_model(AutoModelForCausalLM.from_pretrained(source, dtype="auto"), path)
+    tensors, originals = read_tensors(path), read_tensors(source)
     doubled = 0
-    for name, tensor in theirs.items():
-        assert (tensor.dtype, tensor.shape) == (ours[name].dtype, ours[name].shape)
-        if f"{name}_scale" not in theirs:
-            assert name.endswith("_scale") or same_bytes(tensor, ours[name])
+    for name, original in originals.items():
+        if f"{name}_scale" not in tensors:
+            assert same_bytes(tensors[name], original)
             continue
-        amax = source[name].float().unflatten(1, (-1, 32)).abs().amax(-1)
+        values, scale = quantize(original)
+        amax = original.float().unflatten(1, (-1, 32)).abs().amax(-1)
         edge = torch.frexp(amax / 448).mantissa == 0.5
-        scale, our_scale = theirs[f"{name}_scale"], ours[f"{name}_scale"]
-        assert torch.equal(scale.int(), our_scale.int() + edge)
+        edge &= write_model is write_by_compressed_tensors
+        assert torch.equal(tensors[f"{name}_scale"].int(), scale.int() + edge)
         same = ~edge.repeat_interleave(32, dim=1)
-        assert torch.equal(tensor.float()[same], ours[name].float()[same])
+        assert torch.equal(tensors[name].float()[same], values.float()[same])
         doubled += int(edge.sum())
-    assert doubled > 0
+    assert (doubled > 0) == (write_model is write_by_compressed_tensors)
 
-
-def test_transformers_reads_it_through_compressed_tensors(convert):
-    path = convert(*mixed("compressed-tensors"))
-    module = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto",
-        quantization_config=CompressedTensorsConfig(run_compressed=False),
-    )
-    content, loaded = read_tensors(path), module.state_dict()
-    for name, tensor in content.items():
-        if name.endswith("_scale"):
-            continue
-        if f"{name}_scale" in content:
-            tensor = dequantized(tensor, content[f"{name}_scale"])
-        assert torch.equal(loaded[name].double(), tensor.double()), name
-
-
-# What export_hf_checkpoint of nvidia-modelopt 0.47.0 wrote for such a Llama, quantized with
-# MXFP8_DEFAULT_CFG and with what IGNORED names switched off.
-PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-MODELOPT_LIST = [
-    "lm_head",
-    "model.embed_tokens",
-    "model.layers.0.self_attn*",
-    "model.layers.1.mlp.down_proj",
-]
-
-
-def test_configs_are_what_modelopt_wrote(model, convert):
-    path = convert(*mixed("modelopt"))
-    config = quantization_config(path)
-    listed = config.pop("ignore")
-    method = {"quant_algo": "MXFP8", "quant_method": "modelopt"}
-    assert config == {**method, "producer": PRODUCER}
-    quantization = {"quant_algo": "MXFP8", "kv_cache_quant_algo": None}
-    quantization |= {"group_size": 32, "exclude_modules": listed}
-    sidecar = {"producer": PRODUCER, "quantization": quantization}
-    assert read_json(path / "hf_quant_config.json") == sidecar
-    # Its list has globs, ours the names of the modules.
-    modules = {name.removesuffix(".weight") for name in read_tensors(model)}
-    wrote = [{m for m in modules if fnmatchcase(m, entry)} for entry in MODELOPT_LIST]
-    assert set(listed) == set().union(*wrote)
+    init_single_process_parallel_state()
+    with fp8_gemm_backend("flashinfer_trtllm"):
+        model = load_on_cpu(str(path))
+        names = [weights.name for weights in mxfp8_weights_of(model)]
+        assert len(names) == 5 and not any(
+            name.startswith(tuple(KEPT)) for name in names
+        )
+        with mxfp8_checkpoint_form(model):
+            held = {n: p.data.clone() for n, p in model.named_parameters()}
+    for fused, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
+        for name in [name for name in held if fused in name]:
+            of_parts = [name.replace(fused, f"{part}_proj") for part in parts]
+            sizes = [len(tensors[n.replace("scale_inv", "scale")]) for n in of_parts]
+            held |= zip(of_parts, held.pop(name).split(sizes))
+    for name, tensor in tensors.items():
+        assert same_bytes(held[name.replace("_scale", "_scale_inv")], tensor), name

@@ -4,13 +4,26 @@ Their names are not sglang's: modules are renamed while they load, fused, or bui
 a name (SmolLM3, which runs on the Transformers backend).
 """
 
-import json
+import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from checkpoints import read_config, read_tensors, write, write_as
 from convert_to_mxfp8 import main
-from safetensors.torch import load_file, save_file
+
+from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
+from sglang.srt.layers.quantization.mxfp8.names import kv_caches
+from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
+from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
+from sglang.test.mxfp8_utils import (
+    as_on_a_gpu,
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    load_on_cpu,
+)
 
 TEXT = dict(
     hidden_size=128,
@@ -38,6 +51,7 @@ VISION = dict(hidden_size=64, num_heads=2, depth=1, out_hidden_size=128)
 SIGLIP = dict(hidden_size=64, num_attention_heads=2, image_size=32, patch_size=16)
 LLAMA4 = dict(num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=256)
 GPT_OSS = dict(TEXT, num_local_experts=4, swiglu_limit=7.0)
+GPT = dict(n_embd=128, n_layer=2, n_head=4, vocab_size=320)
 
 
 def with_tower(tower: dict, text: dict = TEXT, **config) -> dict:
@@ -55,7 +69,7 @@ MODELS = {
             {**SIGLIP, "num_hidden_layers": 1, "intermediate_size": 256},
             {**TEXT, **LLAMA4, "rope_scaling": None},
         ),
-        4,
+        3,  # it rearranges q_proj and k_proj while it loads them
     ),
     "qwen3_vl": (
         with_tower(
@@ -82,71 +96,77 @@ MODELS = {
     **dict.fromkeys(("phi3", "qwen2", "granite", "olmo2", "cohere2"), (TEXT, 4)),
     "smollm3": (TEXT, 7),
     "lfm2": (TEXT, 5),  # which sglang does not build for triton's attention
+    "gpt_bigcode": (GPT, 3),
     # Refused, see below.
     "gpt_oss": (GPT_OSS, 0),
-    "gpt2": (dict(n_embd=128, n_layer=1, n_head=4, vocab_size=320), 0),
+    "gpt2": (GPT, 0),
 }
+DIRECTORY = tempfile.TemporaryDirectory()
 SERVED = [kind for kind, (_, linears) in MODELS.items() if linears]
+# What stays in bf16: the text's second layer, and what sglang does not have in MXFP8.
+IGNORED = {
+    "gemma3": ["*language_model*.layers.1.*"],
+    "gpt_bigcode": ["*.h.1.*", "*.c_attn"],
+}
+for moe in ("glm4_moe", "qwen3_moe", "qwen2_moe", "qwen3_next", "llama4"):
+    IGNORED[moe] = ["*layers.1.*", "*.experts.*"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def server_like():
-    from ask_sglang import init_single_process_parallel_state
-    from sglang.test.mxfp8_utils import fp8_gemm_backend
-
     init_single_process_parallel_state()
-    with fp8_gemm_backend("flashinfer_trtllm"):
+    with as_on_a_gpu(), fp8_gemm_backend("flashinfer_trtllm"):
         yield
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A tiny random model of this kind; of two kinds, each is made once."""
-    paths = {}
-
-    def save(kind: str):
-        if kind not in paths:
-            paths[kind] = tmp_path_factory.mktemp("models") / kind
-            config = transformers.AutoConfig.for_model(kind, **MODELS[kind][0])
-            auto = transformers.AutoModelForCausalLM
-            if hasattr(config, "vision_config"):
-                auto = transformers.AutoModelForImageTextToText
-            auto.from_config(config).bfloat16().save_pretrained(paths[kind])
-        return paths[kind]
-
-    return save
+@functools.cache
+def saved(kind: str) -> Path:
+    """A tiny random model of this kind."""
+    path = Path(DIRECTORY.name) / kind
+    config = transformers.AutoConfig.for_model(kind, **MODELS[kind][0])
+    auto = transformers.AutoModelForCausalLM
+    if hasattr(config, "vision_config"):
+        auto = transformers.AutoModelForImageTextToText
+    auto.from_config(config).bfloat16().save_pretrained(path)
+    return path
 
 
-def ignored(kind: str) -> list[str]:
-    has_experts = "moe" in kind or kind in ("qwen3_next", "llama4")
-    return ["--ignore=*.experts.*"] if has_experts else []
+@functools.cache
+def converted(kind: str) -> Path:
+    path = Path(DIRECTORY.name) / f"{kind}-MXFP8"
+    patterns = IGNORED.get(kind, ["*layers.1.*"])
+    ignored = [f"--ignore={pattern}" for pattern in patterns]
+    assert main([str(saved(kind)), str(path), *ignored]) == 0
+    return path
 
 
 @pytest.mark.parametrize("form", ["sglang", "modelopt", "compressed-tensors"])
 @pytest.mark.parametrize("kind", SERVED)
-def test_what_is_converted_is_what_is_loaded(kind, form, saved, tmp_path):
-    """With experts, where there are some, and the text's second layer in bf16."""
-    from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
-    from sglang.test.mxfp8_utils import load_on_cpu
-
-    layer = "*language_model*.layers.1.*" if "gemma" in kind else "*layers.1.*"
-    output = tmp_path / "out"
-    arguments = [str(saved(kind)), str(output), f"--format={form}", *ignored(kind)]
-    arguments.append(f"--ignore={layer}")
-    assert main(arguments) == 0
-    model = load_on_cpu(str(output))
-    assert len(mxfp8_weights_of(model)) == MODELS[kind][1]
+def test_what_is_converted_is_what_is_loaded(kind, form, tmp_path):
+    """Each layer holds what sglang makes of the bf16 model, to MXFP8's precision."""
+    path = converted(kind)
+    if form != "sglang":
+        path = write_as(form, path, tmp_path / "out")
+    expected = dict(load_on_cpu(str(saved(kind))).named_parameters())
+    model = load_on_cpu(str(path))
+    layers = mxfp8_weights_of(model)
+    assert len(layers) == MODELS[kind][1]
+    with mxfp8_checkpoint_form(model):
+        for own in layers:
+            held = dequantize(own.layer.weight, own.layer.weight_scale_inv)
+            original = expected[f"{own.name}.weight"].float()
+            assert (held - original).norm() < 0.04 * original.norm(), own.name
     # Nothing of the model that was asked is in it.
     held = [*model.named_parameters(), *model.named_buffers()]
     assert not [name for name, tensor in held if tensor.is_meta]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SERVED if kind != "qwen3_next"])
-def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
-    from sglang.srt.layers.quantization.mxfp8.names import kv_caches
-    from sglang.test.mxfp8_utils import load_on_cpu
+WITHOUT_CACHE_SCALES = ("qwen3_next", "gpt_bigcode")
 
-    output = with_cache_scales(saved(kind), tmp_path / "out")
+
+@pytest.mark.parametrize("kind", [k for k in SERVED if k not in WITHOUT_CACHE_SCALES])
+def test_scales_of_an_fp8_cache_are_used(kind, tmp_path):
+    output = with_cache_scales(converted(kind), tmp_path / "out")
     model = load_on_cpu(str(output))
     caches = [c for n, c in kv_caches(model).items() if "vision" not in n]
     assert len(caches) == 2
@@ -155,10 +175,9 @@ def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
         assert (cache.k_scale_float, cache.v_scale_float) == (0.25, 0.5)
 
     # An update, by the same names.
-    tensors = load_file(output / "model.safetensors")
-    name, tensor = next(
-        x for x in tensors.items() if x[0].endswith(("k_scale", "v_scale"))
-    )
+    tensors = read_tensors(output)
+    name = next(name for name in tensors if name.endswith(("k_scale", "v_scale")))
+    tensor = tensors[name]
     model.load_weights([(name, tensor * 4)])
     assert {cache.k_scale_float for cache in caches} == {0.25, 1.0}
     with pytest.raises(ValueError, match=f"{name} is -1.0: a scale is a positive"):
@@ -168,12 +187,10 @@ def test_scales_of_an_fp8_cache_are_used(kind, saved, tmp_path):
             model.load_weights([(other, tensor)])
 
 
-def with_cache_scales(source, output):
-    """The model in MXFP8 with scales of a cache, 0.25 and 0.5, as ModelOpt names them; of
-    a fused projection, and in the second layer, as compressed-tensors does."""
-    assert main([str(source), str(output), *ignored(source.name)]) == 0
-    path = output / "model.safetensors"
-    tensors = load_file(path)
+def with_cache_scales(source: Path, output: Path) -> Path:
+    """The checkpoint with scales of a cache, 0.25 and 0.5, as ModelOpt names them; of a
+    fused projection, and in the second layer, as compressed-tensors does."""
+    tensors = read_tensors(source)
     for name in list(tensors):
         attention, dot, last = name.partition(".self_attn.")
         if last in ("k_proj.weight", "qkv_proj.weight") and "vision" not in name:
@@ -182,29 +199,45 @@ def with_cache_scales(source, output):
                 middle = "" if plain else f"{part}_proj."
                 scale_name = f"{attention}{dot}{middle}{part}_scale"
                 tensors[scale_name] = torch.tensor(scale)
-    save_file(tensors, path, metadata={"format": "pt"})
-    return output
+    return write(output, tensors, read_config(source))
 
 
-def test_experts_are_converted_with_the_rest(saved, tmp_path):
+def test_a_weight_that_is_rearranged_without_its_scale_is_refused(tmp_path):
+    """Llama 4 permutes the rows of q and k, by the names of their weights."""
+    source = converted("llama4")
+    tensors, config = read_tensors(source), read_config(source)
+    layer = "language_model.model.layers.0.self_attn"
+    for name in [f"{layer}.{part}_proj.weight" for part in "qkv"]:
+        tensors[name], tensors[f"{name}_scale_inv"] = quantize(tensors[name])
+    kept = config["quantization_config"]["modules_to_not_convert"]
+    kept[:] = [name for name in kept if layer not in name]
+    path = write(tmp_path / "out", tensors, config)
+    with pytest.raises(ValueError, match=rf"rearranges {layer}.[qk]_proj.weight as it"):
+        load_on_cpu(str(path))
+
+
+def test_experts_are_converted_with_the_rest(tmp_path):
     output = tmp_path / "out"
     assert main([str(saved("qwen3_moe")), str(output)]) == 0
-    config = json.loads((output / "config.json").read_text())["quantization_config"]
+    config = read_config(output)["quantization_config"]
     gates = [f"model.layers.{i}.mlp.gate" for i in range(2)]
-    assert config["modules_to_not_convert"] == ["lm_head", *gates]
+    expected = ["lm_head", "model.embed_tokens", *gates]
+    assert config["modules_to_not_convert"] == expected
 
 
 @pytest.mark.parametrize(
     "kind, ignored, words",
     [
-        ("qwen3_moe", ["--ignore=*.experts.1.*"], "experts.1.down_proj is kept"),
-        ("gpt_oss", [], "experts.down_proj holds all experts in one 3-D tensor"),
-        # sglang builds its attention without a quantization config.
+        ("qwen3_moe", ["--ignore=*.experts.1.*"], "experts is one layer here"),
+        # sglang builds its attention without a quantization config; experts are 3-D.
+        ("gpt_oss", [], "no linear is left to convert"),
         ("gpt_oss", ["--ignore=*.experts.*"], "no linear is left to convert"),
         # sglang transposes its weights while it loads them.
         ("gpt2", [], "no linear is left to convert"),
+        # sglang loads one scale for each of q, k and v.
+        ("gpt_bigcode", [], "c_attn.weight_scale_inv (shard q) is [128, 4], got"),
     ],
 )
-def test_refusals(kind, ignored, words, saved, tmp_path, capsys):
+def test_refusals(kind, ignored, words, tmp_path, capsys):
     assert main([str(saved(kind)), str(tmp_path / "out"), *ignored]) == 2
     assert words in capsys.readouterr().err

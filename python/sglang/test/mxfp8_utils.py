@@ -83,6 +83,20 @@ def fp8_gemm_backend(name: str, emulation: bool = True):
             yield
 
 
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """Models take none of their branches for CPUs, which pad layers and lack biases, and
+    may have MXFP8 experts. Whatever has been imported before, and in which order."""
+    with contextlib.ExitStack() as patches:
+        for name, module in list(sys.modules.items()):
+            is_asked = name.startswith("sglang.") and "rotary" not in name
+            if is_asked and getattr(module, "_is_cpu", False):
+                patches.enter_context(mock.patch.object(module, "_is_cpu", False))
+        patches.enter_context(mock.patch.object(Fp8Config, "_require_mxfp8_experts"))
+        patches.enter_context(fp8_gemm_backend("auto"))
+        yield
+
+
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
@@ -290,6 +304,17 @@ def write_checkpoint(
     return directory
 
 
+def server_model_config(path: str, device="cpu", **server_args) -> ModelConfig:
+    """The config of a model that this process serves from now on, by ServerArgs."""
+    from sglang.srt.server_args import set_global_server_args_for_scheduler
+
+    args = ServerArgs(path, device=device, skip_tokenizer_init=True, **server_args)
+    set_global_server_args_for_scheduler(args)
+    config = ModelConfig.from_server_args(args)
+    initialize_dp_attention(args, config)
+    return config
+
+
 def load_on_cpu(
     path: str, quantization: Optional[str] = None, **load_config
 ) -> torch.nn.Module:
@@ -297,17 +322,8 @@ def load_on_cpu(
     LoadConfig's. Stay in `fp8_gemm_backend`, before and for as long as it is updated.
     """
     from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
-    from sglang.srt.server_args import set_global_server_args_for_scheduler
 
-    args = ServerArgs(
-        model_path=path,
-        device="cpu",
-        skip_tokenizer_init=True,
-        quantization=quantization,
-    )
-    set_global_server_args_for_scheduler(args)
-    config = ModelConfig.from_server_args(args)
-    initialize_dp_attention(args, config)
+    config = server_model_config(path, quantization=quantization)
     loader = get_model_loader(LoadConfig(**load_config), config)
     dtype = torch.get_default_dtype()
     try:

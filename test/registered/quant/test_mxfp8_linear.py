@@ -189,14 +189,12 @@ class TestLife(CustomTestCase):
         self.addCleanup(fp8_utils._triton_downcast.cache_clear)
         for module in None, other:
             fp8_utils._triton_downcast.cache_clear()
-            with (
-                mock.patch.dict("sys.modules", {"triton_kernels": module}),
-                self.assertLogs(fp8_utils.logger, "WARNING") as logs,
-            ):
-                for x in (plain, on_a_gpu, on_a_gpu):
-                    found = fp8_utils.mxfp8_group_quantize(x)
-                    for tensor, expected in zip(found, quantize(plain)):
-                        self.assertTrue(same_bytes(tensor, expected))
+            with mock.patch.dict("sys.modules", {"triton_kernels": module}):
+                with self.assertLogs(fp8_utils.logger, "WARNING") as logs:
+                    for x in (plain, on_a_gpu, on_a_gpu):
+                        found = fp8_utils.mxfp8_group_quantize(x)
+                        for tensor, expected in zip(found, quantize(plain)):
+                            self.assertTrue(same_bytes(tensor, expected))
             self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
             self.assertEqual(len(logs.output), 1)
             self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
@@ -235,16 +233,13 @@ def on_every_backend(test):
 
     @functools.wraps(test)
     def run(self):
-        with (
-            mock.patch.object(
-                fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
-            ),
-            mock.patch.multiple(
-                routing,
-                is_cuda=lambda: True,
-                is_sm100_supported=lambda: True,
-                get_device_capability=lambda: (12, 0),
-            ),
+        with mock.patch.object(
+            fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
+        ), mock.patch.multiple(
+            routing,
+            is_cuda=lambda: True,
+            is_sm100_supported=lambda: True,
+            get_device_capability=lambda: (12, 0),
         ):
             for backend, n, k, dtype in CASES:
                 flag = "flashinfer_trtllm" if backend == WEIGHT_ONLY else backend.value
@@ -326,12 +321,9 @@ class TestCalls(CustomTestCase):
         for n, k, up_to in (256, 512, 128), (160, 768, 0), (2688, 256, 0):
             layer, _, _ = loaded_mxfp8_linear(n, k)
             for m in (1, 128, 129):
-                with (
-                    self.subTest(n=n, m=m),
-                    mock.patch.object(
-                        emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
-                    ) as gemm,
-                ):
+                with self.subTest(n=n, m=m), mock.patch.object(
+                    emulation, "mm_mxfp8", wraps=emulation.mm_mxfp8
+                ) as gemm:
                     fp8_utils._kernels.cache_clear()
                     layer(torch.randn(m, k).bfloat16())
                     use_8x4 = gemm.call_args.kwargs["use_8x4_sf_layout"]
@@ -383,12 +375,9 @@ class TestCalls(CustomTestCase):
 @contextlib.contextmanager
 def flashinfer_is(mxfp8_quantize, mm_mxfp8):
     """As on a GPU that has FlashInfer's kernels, with these in their place."""
-    with (
-        mock.patch.multiple(
-            flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
-        ),
-        mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""),
-    ):
+    with mock.patch.multiple(
+        flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
+    ), mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""):
         fp8_utils._kernels.cache_clear()
         try:
             yield

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from sglang.srt import server_args
 from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.fp8 import Fp8Config
@@ -46,6 +45,7 @@ from sglang.test.mxfp8_utils import (
     mxfp8_config,
     mxfp8_state,
     same_bytes,
+    server_model_config,
     without,
     write_past_the_loaders,
 )
@@ -106,9 +106,7 @@ class TestWhole(TinyModelTestCase):
         swizzled = swizzle_scale(scale, shuffle=False)
         embedding = {EMBEDDING: self.b[EMBEDDING].to(FP8)}
         embedding[f"{EMBEDDING}_scale_inv"] = torch.ones(1)
-        holds = (
-            f"{K_PROJ}.*holds torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
-        )
+        holds = f"{K_PROJ}.*torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
         for reason, changes in (
             (f"{fills}{EMBEDDING}", lost(EMBEDDING)),
             (f"{fills}model.norm.weight", lost("model.norm")),
@@ -524,13 +522,7 @@ class TestDeepseekV3(TinyModelTestCase):
         with torch.device("meta"):
             model = transformers.DeepseekV3ForCausalLM(config)
         cls.tensors = list(mxfp8_state(model, cls.quantize_shape).items())
-        args = server_args.ServerArgs(
-            model_path=cls.write({}, **config.to_dict()),
-            device="cpu",
-            skip_tokenizer_init=True,
-        )
-        server_args.set_global_server_args_for_scheduler(args)
-        model_config = ModelConfig.from_server_args(args)
+        model_config = server_model_config(cls.write({}, **config.to_dict()))
         cls.check = UpdateCheck(
             functools.partial(
                 build_on_meta,

@@ -94,7 +94,7 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
         check_kernels(layers, _from_every_rank)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
-    check = _update_check(model_config, model)
+    check = update_check_of(model_config, model)
     if check is not None:
         check.follow(model)
     model.load_weights = _managed(model, check, layers)
@@ -127,13 +127,13 @@ def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None
     the model, which is built, would not take them. Reads their headers only."""
     if not is_mxfp8_model(model) or not reads_files(loader.load_config):
         return
-    check = _update_check(model_config, model)
+    check = update_check_of(model_config, model)
     if check is not None:
         source = loader.Source.init_new(model_config, model)
         check.files(*_files_of(loader, source), rename=_renamed_by(loader, source))
 
 
-def _update_check(model_config, model) -> Optional[UpdateCheck]:
+def update_check_of(model_config, model) -> Optional[UpdateCheck]:
     """The check of a model that is built, made once; None where it is given up."""
     if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
         logger.warning(ACCEPT_UNCHECKED)
@@ -192,7 +192,7 @@ def check_mxfp8_disk_update(
             )
         source = loader.Source.init_new(model_config, model)
         source.model_or_path = model_path
-        check = _update_check(model_config, model)
+        check = update_check_of(model_config, model)
         if check is not None:
             check.files(
                 *_files_of(loader, source),

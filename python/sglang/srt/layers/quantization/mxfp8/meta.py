@@ -63,7 +63,10 @@ class Probe(torch.Tensor):
 
     `load.write(probe, target, place)` is called when it is copied into `target`, or into
     a `place` in it; `load.read(probe)` when its number is asked for, which is 0.
+    `is_rearranged` says that its elements may be in another order than the checkpoint's.
     """
+
+    is_rearranged = False
 
     # What else is asked of it costs a call of __torch_function__.
     device = torch.device("meta")
@@ -91,7 +94,9 @@ class Probe(torch.Tensor):
         if function is _COPY or function is _SET_ITEM:
             return result
         if isinstance(result, torch.Tensor):
-            return cls._derived(result, args)
+            derived = cls._derived(result, args)
+            derived.is_rearranged |= _rearranges(function, args)
+            return derived
         if type(result) in (tuple, list):
             return type(result)(cls._derived(part, args) for part in result)
         return result
@@ -105,8 +110,22 @@ class Probe(torch.Tensor):
         origins = sources[0].origins
         if len(sources) > 1:
             origins = origins.union(*(source.origins for source in sources))
-        return cls.of(result, origins, sources[0].load)
+        derived = cls.of(result, origins, sources[0].load)
+        derived.is_rearranged = any(source.is_rearranged for source in sources)
+        return derived
 
 
+def _rearranges(function: Callable, args: tuple) -> bool:
+    by_index = function is torch.Tensor.__getitem__ and torch.is_tensor(args[1])
+    return by_index or function in _REARRANGING
+
+
+_REARRANGING = {
+    getattr(owner, name)
+    for owner in (torch, torch.Tensor)
+    for name in ("flip", "gather", "index_select", "movedim", "permute", "roll")
+    + ("swapaxes", "t", "take", "transpose")
+}
+_REARRANGING |= {torch.Tensor.T.__get__, torch.Tensor.mT.__get__}
 _COPY, _SET_ITEM = torch.Tensor.copy_, torch.Tensor.__setitem__
 _ITEM = torch.Tensor.item

@@ -47,7 +47,7 @@ class Layer:
     module: torch.nn.Module
     path: str = ""  # in the model; empty if the model has dropped it
     tensors: Set[str] = field(default_factory=set)  # the checkpoint's, that it loads
-    transposed: Set[str] = field(default_factory=set)  # those that it transposes
+    rearranged: Set[str] = field(default_factory=set)  # those that it rearranges
 
     @property
     def modules(self) -> List[str]:
@@ -100,7 +100,7 @@ class _Arrivals:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.places: Dict[str, Set[str]] = {}
-        self.transposed: Set[str] = set()
+        self.rearranged: Set[str] = set()
         self._owners = {
             parameter.untyped_storage()._cdata: path
             for path, module in model.named_modules()
@@ -112,8 +112,8 @@ class _Arrivals:
         if path is not None:
             for name in probe.origins:
                 self.places.setdefault(name, set()).add(path)
-            if probe.dim() == 2 and min(probe.shape) > 1 and probe.stride(1) > 1:
-                self.transposed |= probe.origins
+            if probe.is_rearranged:
+                self.rearranged |= probe.origins
 
     def read(self, probe: Probe) -> None:
         pass
@@ -150,7 +150,7 @@ def ask_model(
     for layer in layers:
         layer.path = paths.get(id(layer.module), "")
         layer.tensors = arrived.get(layer.path, set()) if layer.path else set()
-        layer.transposed = layer.tensors & load.transposed
+        layer.rearranged = layer.tensors & load.rearranged
     return ModelNames(layers, load.places, list(kv_caches(model)))
 
 

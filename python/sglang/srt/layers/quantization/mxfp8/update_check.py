@@ -157,7 +157,7 @@ class UpdateCheck:
         untaken = [name for name, _ in named_tensors if name not in taken]
         _refuse_lost_scales(untaken, taken, {n for n, _ in self._model.named_modules()})
         if whole and taken:
-            _refuse_missing_scales(named_tensors, taken)
+            _refuse_missing_scales(named_tensors, load)
             self._refuse_unfilled(load)
         if not whole:
             load.refuse_experts()
@@ -230,11 +230,13 @@ class _MetaLoad:
 
     Attributes:
         taken: names of the tensors that a parameter took.
+        rearranged: names of those whose elements changed their order before.
         regions: elements written, by the parameter's storage and by place.
     """
 
     def __init__(self, parameters: Dict[int, _Parameter]) -> None:
         self.taken: Set[str] = set()
+        self.rearranged: Set[str] = set()
         self.regions: Dict[int, Dict[Any, int]] = defaultdict(dict)
         self._parameters = parameters
         self._writers: Dict[int, Set[str]] = {}
@@ -252,6 +254,8 @@ class _MetaLoad:
         region = target.storage_offset(), place
         numel = target.numel() if place is None else probe.numel()
         self.taken |= probe.origins
+        if probe.is_rearranged:
+            self.rearranged |= probe.origins
         self.regions[storage][region] = numel
         self._writers[storage] = probe.origins
 
@@ -334,15 +338,21 @@ def _refuse_lost_scales(untaken: List[str], taken: Set[str], modules: Set[str]) 
 
 
 def _refuse_missing_scales(
-    named_tensors: List[Tuple[str, Any]], taken: Set[str]
+    named_tensors: List[Tuple[str, Any]], load: _MetaLoad
 ) -> None:
-    """An e4m3 weight that the model takes needs its scale."""
+    """An e4m3 weight that the model takes needs its scale, in the same order."""
     names = {name for name, _ in named_tensors}
     for name, tensor in named_tensors:
         is_weight = tensor.dtype == torch.float8_e4m3fn and name.endswith(WEIGHT)
-        if is_weight and name in taken:
+        if is_weight and name in load.taken:
             layer = name.removesuffix(WEIGHT)
-            if f"{layer}{SCALE}" not in names and f"{layer}{OTHER_SCALE}" not in names:
+            scales = names & {f"{layer}{SCALE}", f"{layer}{OTHER_SCALE}"}
+            if not scales:
                 raise UpdateRefused(
                     f"the checkpoint lacks the scale of {name}, {layer}{SCALE}"
+                )
+            if name in load.rearranged and not scales <= load.rearranged:
+                raise UpdateRefused(
+                    f"sglang's model rearranges {name} as it loads it, and not its scale: "
+                    "keep this layer in bf16"
                 )

@@ -406,7 +406,7 @@ class Mxfp8LinearWeights:
         elif source.is_meta:  # a check, which has no numbers
             weight.copy_(torch.empty_like(source, dtype=weight.dtype))
         else:
-            for rows in _row_slabs(source):
+            for rows in row_slabs(source):
                 weight[rows], scale[rows] = quantize(source[rows])
 
 
@@ -482,7 +482,7 @@ def _scale_shape(weight: torch.Tensor) -> torch.Size:
     return torch.Size((*weight.shape[:-1], weight.shape[-1] // GROUP_SIZE))
 
 
-def _row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
+def row_slabs(matrix: torch.Tensor) -> Iterator[slice]:
     """Rows of [N, K] in pieces whose arithmetic in fp32 stays within 64 MiB."""
     step = max(1, MAX_TEMPORARY_BYTES // (32 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], step):
