@@ -30,7 +30,8 @@ class Change:
 class Plan:
     """`steps` has the changes of each part, `changes` those of all together; `absent` what
     there was not to drop, an error unless the tree holds the overlay already; `skipped` paths
-    with the reason; `edited` upstream's text of what an edit changes, by path and symbol."""
+    with the reason; `edited` upstream's text of what an edit changes, by path and symbol.
+    """
 
     changes: list[Change] = field(default_factory=list)
     steps: list[tuple[Part, list[Change]]] = field(default_factory=list)

@@ -9,10 +9,8 @@ import io
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import unittest
 from random import Random
@@ -36,7 +34,6 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinea
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.fp8_utils import Fp8GemmRunnerBackend
-from sglang.srt.layers.quantization.mxfp8 import numerics
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.server_args import ServerArgs
@@ -126,20 +123,6 @@ def for_random(times: int, **choices: Sequence) -> Callable:
         return run
 
     return decorate
-
-
-def run_with_kernel(test: CustomTestCase, module: str, script: str, **env: str) -> None:
-    """Run `script` in a new Python, with a module of Triton kernels imported alone, as
-    `kernel`: Triton reads its environment when it is imported."""
-    script = f"import {module} as kernel\n" + textwrap.dedent(script)
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.path.dirname(numerics.__file__), **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    test.assertEqual(result.returncode, 0, result.stdout)
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

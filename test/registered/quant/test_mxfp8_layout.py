@@ -7,7 +7,8 @@ import torch
 
 from sglang.srt.layers.quantization.mxfp8 import layout
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.mxfp8_utils import for_random, run_with_kernel
+from sglang.test.lone_kernel import run_with_kernel
+from sglang.test.mxfp8_utils import for_random
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=40, suite="default")

@@ -10,11 +10,11 @@ from sglang.srt.layers.quantization.mxfp8 import weight_only
 from sglang.srt.layers.quantization.mxfp8.numerics import SMALLEST_NORMAL
 from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.mxfp8_utils import run_with_kernel
+from sglang.test.lone_kernel import run_with_kernel
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=60, suite="default")
-register_cuda_ci(est_time=60, suite="stage-b-test-small-1-gpu")
+register_cuda_ci(est_time=60, suite="nightly-1-gpu", nightly=True)
 
 EVERY_M = (1, 2, 3, 16, 17, 40, 100, 130)  # each tiling, with and without a rest
 
@@ -149,8 +149,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
 
         patch = interpreter._patch_lang_tensor
 
-        def patched(tensor):
-            patch(tensor)
+        def patched(tensor, *scope):
+            patch(tensor, *scope)
             tensor.__index__ = lambda self: self.handle.data.item()
 
         interpreter._patch_lang_tensor = patched

@@ -1,5 +1,5 @@
 """
-Mxfp8DenseGemmBackend, select_mxfp8_dense_gemm_backend, mxfp8_linear_of, dequantized_mxfp8_linear
+Mxfp8DenseGemmBackend, select_mxfp8_dense_gemm_backend, mxfp8_linear_of, weight_only_mxfp8_linear
     why: a kernel that does not take a layer's shape or dtype fails at load or in the first forward
 
 flashinfer_mxfp8_blockscaled_linear
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Callable, Optional
 import torch
 from overlay.marks import prepend
 
+from sglang.srt.layers.quantization.mxfp8 import shapes
+
 if TYPE_CHECKING:
     from sglang.srt.layers.quantization.fp8_utils import (
         _raw_flashinfer_mm_mxfp8,
@@ -27,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 class Mxfp8DenseGemmBackend(Enum):
     # The weight is decoded in every call: for what no kernel takes.
-    DEQUANTIZED = "dequantized"
+    WEIGHT_ONLY = "weight_only"
+
+    def is_weight_only(self) -> bool:
+        return self == Mxfp8DenseGemmBackend.WEIGHT_ONLY
 
 
 @lru_cache(maxsize=None)  # so that each shape is logged once
@@ -39,52 +44,32 @@ def select_mxfp8_dense_gemm_backend(
     `dtype` is that of the activations. The order is the one without --fp8-gemm-backend.
     """
     candidates, reasons = [preferred], []
-    if preferred.is_flashinfer():
+    if get_platform().is_blackwell and is_flashinfer_available():
         if _raw_flashinfer_mm_mxfp8.is_backend_supported("cute-dsl", get_device_sm()):
             candidates.append(Mxfp8DenseGemmBackend.FLASHINFER_CUTEDSL)
         candidates.append(Mxfp8DenseGemmBackend.FLASHINFER_CUTLASS)
     for backend in dict.fromkeys(candidates):
-        reason = _mxfp8_refusal(backend, n, k, dtype)
+        reason = shapes.refusal(backend.value, n, k, dtype)
         if reason is None:
             break
-        reasons.append(f"{backend.value} {reason}")
+        reasons.append(reason)
     else:
-        backend = Mxfp8DenseGemmBackend.DEQUANTIZED
+        backend = Mxfp8DenseGemmBackend.WEIGHT_ONLY
     if reasons:
-        told = "; ".join(reasons)
+        told = "; ".join(dict.fromkeys(reasons))
         logger.info(f"MXFP8 linears [{n}, {k}] run on {backend.value}: {told}")
     return backend
 
 
-def _mxfp8_refusal(
-    backend: Mxfp8DenseGemmBackend, n: int, k: int, dtype: torch.dtype
-) -> Optional[str]:
-    """What the backend's kernel needs and this layer is not, or None."""
-    if backend.is_deep_gemm() and (n % 64 != 0 or k % 128 != 0):
-        if not (get_platform().is_blackwell and is_flashinfer_available()):
-            return "needs N % 64 == 0 and K % 128 == 0"
-    if not backend.is_flashinfer():
-        return None
-    if n < 128 or k < 128:
-        return "needs N and K of 128 or more"
-    writes = [torch.bfloat16] + [torch.float16] * (not backend.is_flashinfer_trtllm())
-    if dtype not in writes:
-        return f"does not write {dtype}"
-    if backend.is_flashinfer_trtllm() and k % 256 != 0:
-        return "needs K % 256 == 0"
-    multiple = 8 if backend.is_flashinfer_cutedsl() else 32
-    return f"needs N % {multiple} == 0" if n % multiple != 0 else None
-
-
 def mxfp8_linear_of(backend: Mxfp8DenseGemmBackend) -> Callable:
     """The function of a layer that is not on the server's backend."""
-    if backend == Mxfp8DenseGemmBackend.DEQUANTIZED:
-        return dequantized_mxfp8_linear
+    if backend.is_weight_only():
+        return weight_only_mxfp8_linear
     name = "cute-dsl" if backend.is_flashinfer_cutedsl() else "cutlass"
     return partial(flashinfer_mxfp8_blockscaled_linear, backend=name)
 
 
-def dequantized_mxfp8_linear(
+def weight_only_mxfp8_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
@@ -102,7 +87,7 @@ def dequantized_mxfp8_linear(
     )
 
     if input_scale is not None:
-        raise ValueError("A layer with a dequantized weight takes no quantized input")
+        raise ValueError("A weight-only MXFP8 linear takes no quantized input")
     decoded = dequant_mxfp8_2d_to_bf16(weight, weight_scale).to(input.dtype)
     return torch.nn.functional.linear(input, decoded, bias)
 

@@ -9,7 +9,7 @@ import flashinfer
 import torch
 
 from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.runtime_context import override_platform
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -33,8 +33,10 @@ class TestMxfp8PerLayer(CustomTestCase):
         self.addCleanup(patches.close)
         for each in (
             override_platform(is_sm100=True, is_blackwell=True),
+            patch(fp8, "is_flashinfer_available", lambda: True),
             patch(fp8_utils, "is_flashinfer_available", lambda: True),
             patch(fp8_utils, "_raw_flashinfer_mm_mxfp8", kernel, create=True),
+            patch(fp8_utils.deep_gemm_wrapper, "ENABLE_JIT_DEEPGEMM", True),
             patch(flashinfer, "block_scale_interleave", torch.flatten),
             patch(flashinfer, "shuffle_matrix_sf_a", lambda scale, *_, **__: scale),
         ):
@@ -63,20 +65,22 @@ class TestMxfp8PerLayer(CustomTestCase):
         for flag, n, k, dtype, has_cutedsl, expected in (
             ("auto", 256, 256, BF16, True, "flashinfer_cutedsl"),
             ("flashinfer_trtllm", 256, 256, BF16, True, "flashinfer_trtllm"),
-            ("flashinfer_trtllm", 96, 4096, BF16, True, "dequantized"),
+            ("flashinfer_trtllm", 96, 4096, BF16, True, "weight_only"),
             ("flashinfer_trtllm", 1000, 256, BF16, True, "flashinfer_cutedsl"),
-            ("flashinfer_trtllm", 1000, 256, BF16, False, "dequantized"),
+            ("flashinfer_trtllm", 1000, 256, BF16, False, "weight_only"),
             ("flashinfer_trtllm", 256, 576, BF16, True, "flashinfer_cutedsl"),
             ("flashinfer_trtllm", 256, 576, BF16, False, "flashinfer_cutlass"),
             ("flashinfer_trtllm", 256, 256, FP16, True, "flashinfer_cutedsl"),
-            ("flashinfer_cutlass", 256, 64, BF16, True, "dequantized"),
-            ("flashinfer_cutedsl", 1001, 256, BF16, True, "dequantized"),
+            ("flashinfer_cutlass", 256, 64, BF16, True, "weight_only"),
+            ("flashinfer_cutedsl", 1001, 256, BF16, True, "weight_only"),
+            ("deep_gemm", 1000, 256, BF16, True, "flashinfer_cutedsl"),
+            ("deep_gemm", 256, 256, FP16, True, "flashinfer_cutedsl"),
         ):
             with self.subTest(flag=flag, n=n, k=k, dtype=dtype, dsl=has_cutedsl):
                 self.has_cutedsl = has_cutedsl
                 self.assertEqual(self.load(flag, n, k, dtype)[2], expected)
 
-    def test_a_dequantized_layer_multiplies(self):
+    def test_a_weight_only_layer_multiplies(self):
         linear, weight, _ = self.load("auto", 96, 64)
         x = torch.randn(3, 64).to(BF16)
         self.assertTrue(torch.equal(linear(x)[0], x @ weight.T))

@@ -37,7 +37,6 @@ def install() -> None:
     fp8_utils.flashinfer_mm_mxfp8 = mm_mxfp8
     fp8_utils.flashinfer_mxfp8_quantize = mxfp8_quantize
     flashinfer.block_scale_interleave = swizzle_scale
-    flashinfer.shuffle_matrix_sf_a = shuffle_matrix_sf_a
 
 
 def mm_mxfp8(*args, **kwargs) -> torch.Tensor:
@@ -57,8 +56,3 @@ def mxfp8_quantize(
         return emulation.mxfp8_quantize(input.contiguous())
     values, scale = numerics.quantize(input)
     return values, scale.flatten()
-
-
-def shuffle_matrix_sf_a(scale: torch.Tensor, *_, **__) -> torch.Tensor:
-    """A trtllm weight's scale [N, K // 32] in kernel form; N % 128 == 0, K % 128 == 0."""
-    return swizzle_scale(scale, shuffle=True).view_as(scale)
