@@ -52,7 +52,7 @@ def init_single_process_parallel_state() -> None:
     else:
         from sglang.test.layer_ut_utils import init_single_process_dist
 
-        init_single_process_dist()
+        init_single_process_dist(free_port())
 
 
 def init_parallel_state(rank: int, size: int, port: int) -> None:
