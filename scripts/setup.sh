@@ -28,7 +28,8 @@ install_patched_wheel() {
         "$ROOT/dist/sglang-$RELEASE+"*.whl >&2
 }
 
-# SmolLM2-135M-Instruct in MXFP8, from its package and converted on the first call.
+# SmolLM2-135M-Instruct in MXFP8, from its package and converted on the first call. The
+# converter is the default release's, and both releases read what its transformers write.
 DEFAULT_MODEL=$ROOT/.cache/models/SmolLM2-135M-Instruct-MXFP8
 get_default_model() {
     [[ -f $DEFAULT_MODEL/config.json ]] || locked make_default_model >&2
@@ -40,8 +41,9 @@ make_default_model() {
     [[ -t 2 ]] || export TQDM_MININTERVAL=10
     # What a killed run left behind.
     rm -rf "${DEFAULT_MODEL%/*}"/.SmolLM2-135M-Instruct*.partial-*
-    UV="$UV" "$VENV/bin/python" "$ROOT/scripts/fetch_model.py"
-    "$VENV/bin/python" -W ignore "$ROOT/scripts/convert_to_mxfp8.py" \
+    MXFP8_RELEASE=$DEFAULT_RELEASE "$ROOT/scripts/setup.sh"
+    UV="$UV" "$ROOT/.venv/bin/python" "$ROOT/scripts/fetch_model.py"
+    "$ROOT/.venv/bin/python" -W ignore "$ROOT/scripts/convert_to_mxfp8.py" \
         "${DEFAULT_MODEL%-MXFP8}" "$DEFAULT_MODEL"
 }
 

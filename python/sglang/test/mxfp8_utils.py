@@ -48,7 +48,12 @@ from sglang.test.test_utils import (
 
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
-    init_parallel_state(rank=0, size=1, port=0)
+    if is_release("0.5.9"):
+        init_parallel_state(rank=0, size=1, port=0)
+    else:
+        from sglang.test.layer_ut_utils import init_single_process_dist
+
+        init_single_process_dist(free_port())
 
 
 def init_parallel_state(rank: int, size: int, port: int) -> None:
@@ -95,10 +100,13 @@ def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
 
 
-def only_on(release: str) -> Callable:
+def is_release(version: str) -> bool:
+    return sglang.__version__.partition("+")[0] == version
+
+
+def only_on(version: str) -> Callable:
     """Marks a test that holds for one release of sglang alone."""
-    is_on = sglang.__version__.partition("+")[0] == release
-    return unittest.skipUnless(is_on, f"this is not sglang {release}")
+    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
 
 
 def for_random(times: int, **choices: Sequence) -> Callable:

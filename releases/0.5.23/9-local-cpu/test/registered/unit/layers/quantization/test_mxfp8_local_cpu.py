@@ -7,8 +7,12 @@ import torch
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.layer_ut_utils import init_single_process_dist
-from sglang.test.mxfp8_utils import fp8_gemm_backend, random_mxfp8, reference_linear
+from sglang.test.mxfp8_utils import (
+    fp8_gemm_backend,
+    init_single_process_parallel_state,
+    random_mxfp8,
+    reference_linear,
+)
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=15, suite="base-a-test-cpu")
@@ -16,7 +20,7 @@ register_cpu_ci(est_time=15, suite="base-a-test-cpu")
 
 class TestMxfp8LocalCpu(CustomTestCase):
     def test_each_backend_multiplies_if_asked_to(self):
-        init_single_process_dist()
+        init_single_process_parallel_state()
         with self.assertRaisesRegex(RuntimeError, "SM100"):
             self.load("flashinfer_trtllm", 256, 256, emulation=False)
         for flag, n, k, expected in (

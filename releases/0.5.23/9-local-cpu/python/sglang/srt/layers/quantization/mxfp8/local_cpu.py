@@ -1,7 +1,7 @@
 """A CPU in the place of an SM100 GPU, for MXFP8 linears where SGLANG_MXFP8_EMULATION is on.
 
 sglang's own code runs as it is. What it asks of the GPU and of FlashInfer is replaced here,
-by name: two facts, the preparation of scales, the quantizer and the GEMM. Slow, and no
+by name: two facts, the swizzling of scales, the quantizer and the GEMM. Slow, and no
 measure of speed.
 """
 
