@@ -188,7 +188,8 @@ def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
     results = [Result(m) for m in kernel.rows()]
     try:
         x = _input(kernel, weights.layer.weight.device)
-        taken = x if kernel.choice.backend.is_weight_only() else dequantize(*quantize(x))
+        is_weight_only = kernel.choice.backend.is_weight_only()
+        taken = x if is_weight_only else dequantize(*quantize(x))
         errors = []
         for result in results:
             output = _run(kernel, weights.layer, x[: result.m], result)
@@ -236,8 +237,9 @@ def _error(kernel, weights, x: torch.Tensor, output) -> torch.Tensor:
     for rows, weight, scale in weights.checkpoint_slabs() if output is not None else ():
         weight = dequantize(weight, scale).double()
         for m in range(0, len(x), ROWS_AT_A_TIME):
-            found = output[m : m + ROWS_AT_A_TIME, rows]
-            expected, bound = _expect(kernel, x[m : m + ROWS_AT_A_TIME].double(), weight)
+            part = slice(m, m + ROWS_AT_A_TIME)
+            found = output[part, rows]
+            expected, bound = _expect(kernel, x[part].double(), weight)
             error = (found.double() - expected).abs() / bound
             # Of zeros the bound is zero, and beyond the dtype's range is infinity.
             error.masked_fill_(found == expected.to(found.dtype), 0)

@@ -324,7 +324,7 @@ SMALL_TILINGS = {
     128: Tiling(64, 64, 128, True, 4, 3, 3),
 }
 LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)  # above M = 128
-LARGE_SHARED = 160 << 10  # bytes of shared memory that it takes, which not all GPUs have
+LARGE_SHARED = 160 << 10  # bytes of shared memory for it, which not all GPUs have
 
 
 def tiling_and_parts(
@@ -381,10 +381,9 @@ def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
         partial = x.new_empty(tiles * parts * bm * bn, dtype=torch.float32)
         counters = _counters(x.device)
     tile = (bm, bn, bk, weight_left, warps, stages, k % bk == 0, decode)
-    _dot_kernel[(tiles, parts)](
-        x, weight, scale, out, partial, counters, m, n, k, x.stride(0), *strides, *tile,
-        num_warps=warps,
-    )  # fmt: skip
+    pointers = x, weight, scale, out, partial, counters
+    sizes = m, n, k, x.stride(0), *strides
+    _dot_kernel[(tiles, parts)](*pointers, *sizes, *tile, num_warps=warps)
     return out
 
 
