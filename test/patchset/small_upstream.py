@@ -66,7 +66,7 @@ OVERLAY = {
     "test/registered/test_core.py": '"""\nTestB\n    why: covers b\n"""\n\n\n'
     "class TestB:\n    pass\n",
     "test/registered/test_trick.py": '"""Tests the trick."""\n',
-    "test/registered/test_here.py": "import hypothesis\n",
+    "test/registered/test_here.py": "Path(__file__).parents[3]\n",
     "test/registered/test_table.py": "ROOT = Path(__file__).parents[3]\n",
 }
 
