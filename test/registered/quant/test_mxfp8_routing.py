@@ -228,7 +228,10 @@ class TestSelect(CustomTestCase):
             self.assertEqual(up_to(2112, 7168, **settings), 0)
 
     def test_a_table_chooses_the_backend_under_auto_only(self):
-        tuned = {(256, 512): TunedLayer(0, CUTLASS.value), (256, 768): TunedLayer(0, TRITON.value)}
+        tuned = {
+            (256, 512): TunedLayer(0, CUTLASS.value),
+            (256, 768): TunedLayer(0, TRITON.value),
+        }
         for is_auto, k, expected in (
             (True, 512, CUTLASS),
             (False, 512, TRTLLM),

@@ -187,7 +187,9 @@ def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
     results = [Result(m) for m in kernel.rows()]
     try:
         x = _input(kernel, weights.layer.weight.device)
-        taken = x if kernel.choice.backend.is_weight_only() else dequantize(*quantize(x))
+        taken = (
+            x if kernel.choice.backend.is_weight_only() else dequantize(*quantize(x))
+        )
         errors = []
         for result in results:
             output = _run(kernel, weights.layer, x[: result.m], result)
@@ -236,7 +238,9 @@ def _error(kernel, weights, x: torch.Tensor, output) -> torch.Tensor:
         weight = dequantize(weight, scale).double()
         for m in range(0, len(x), ROWS_AT_A_TIME):
             found = output[m : m + ROWS_AT_A_TIME, rows]
-            expected, bound = _expect(kernel, x[m : m + ROWS_AT_A_TIME].double(), weight)
+            expected, bound = _expect(
+                kernel, x[m : m + ROWS_AT_A_TIME].double(), weight
+            )
             error = (found.double() - expected).abs() / bound
             # Of zeros the bound is zero, and beyond the dtype's range is infinity.
             error.masked_fill_(found == expected.to(found.dtype), 0)

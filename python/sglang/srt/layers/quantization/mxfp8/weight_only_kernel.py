@@ -324,7 +324,9 @@ SMALL_TILINGS = {
     128: Tiling(64, 64, 128, True, 4, 3, 3),
 }
 LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)  # above M = 128
-LARGE_SHARED = 160 << 10  # bytes of shared memory that it takes, which not all GPUs have
+LARGE_SHARED = (
+    160 << 10
+)  # bytes of shared memory that it takes, which not all GPUs have
 
 
 def tiling_and_parts(

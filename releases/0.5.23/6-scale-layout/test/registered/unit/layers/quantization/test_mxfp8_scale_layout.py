@@ -116,7 +116,9 @@ class TestMxfp8ScaleLayout(CustomTestCase):
             self.assertEqual(self.layouts(288, 256, 1), "128x4")
         fp8_utils.trtllm_mxfp8_linear_of.cache_clear()
         with envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.override("8x8"):
-            with self.assertRaisesRegex(ValueError, "'8x8' is none of auto, 8x4, 128x4"):
+            with self.assertRaisesRegex(
+                ValueError, "'8x8' is none of auto, 8x4, 128x4"
+            ):
                 self.load(256, 512)
 
     def test_a_table_of_this_gpu(self):
