@@ -2,7 +2,7 @@
 """Measure which activation-scale layout FlashInfer's trtllm MXFP8 linear needs, per shape.
 
 Times quantization plus GEMM with 8x4 scales, with 128x4 scales and on cutlass, and writes
-the table that the server reads at start (routing.tuned_layers). Every measured shape
+the table that the server reads at start (scale_layout.tuned_layers). Every measured shape
 is written at once: a run that is cut off keeps what it has. --log takes the shapes from
 the line "MXFP8 linear layers: ..." of a server's log. Needs an SM100 or SM103 GPU
 and .venv (./scripts/setup.sh); --rehearse runs the same steps without a GPU and measures
@@ -26,7 +26,7 @@ import mxfp8_timing as timing
 from bench_mxfp8_linear import FLASHINFER, parts, refusal
 
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.mxfp8 import routing
+from sglang.srt.layers.quantization.mxfp8 import scale_layout
 from sglang.srt.utils import get_device_name
 
 OLD, NEW, CUTLASS = FLASHINFER  # trtllm 128x4, trtllm 8x4, cutlass
@@ -62,7 +62,7 @@ def tuned_entry(us: Medians, backend_at: Sequence[int] = ()) -> dict:
 
 
 def read_table(path: Path, rehearsal: bool, device: str, flashinfer: str) -> dict:
-    """The table at `path`, to add shapes to, as routing.parse_table reads it. One that is
+    """The table at `path`, to add shapes to, as scale_layout.parse_table reads it. One that is
     not of this GPU and FlashInfer, or not valid, is set aside as `.old`."""
     here = {"device_name": device, "flashinfer": flashinfer, "rehearsal": rehearsal}
     table = {**here, "layers": {}, "measured": {}}
@@ -72,7 +72,7 @@ def read_table(path: Path, rehearsal: bool, device: str, flashinfer: str) -> dic
         old = json.loads(path.read_text())
         if old["rehearsal"] != rehearsal:
             raise ValueError("only one of them is a rehearsal")
-        routing.parse_table({**old, "rehearsal": False}, device, flashinfer)
+        scale_layout.parse_table({**old, "rehearsal": False}, device, flashinfer)
         return {**table, "layers": old["layers"], "measured": old["measured"]}
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         path.replace(path.with_suffix(".json.old"))
@@ -100,8 +100,8 @@ def measured(n: int, k: int, m: int) -> dict[str, float]:
 def tune(args: argparse.Namespace) -> Iterator[str]:
     """Measure the shapes, write the table as it grows, and yield the medians."""
     device = get_device_name() or "cpu"
-    path = args.output / routing.config_file(device)
-    table = read_table(path, args.rehearse, device, routing.flashinfer_version())
+    path = args.output / scale_layout.config_file(device)
+    table = read_table(path, args.rehearse, device, scale_layout.flashinfer_version())
     environment = timing.environment()
     yield f"Median us of one linear, quantization included.\n\n{environment}\n"
     yield timing.head("N x K", "M", *FLASHINFER)
@@ -144,7 +144,7 @@ def main() -> None:
         print(f"Left out {n},{k}: {why}", file=sys.stderr)
     if not args.shapes:
         parser.error("no layer for flashinfer_trtllm: give --shapes, or --log")
-    folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or routing.CONFIG_DIR
+    folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or scale_layout.CONFIG_DIR
     args.output = args.output or Path(folder)
     for line in tune(args):
         print(line, flush=True)

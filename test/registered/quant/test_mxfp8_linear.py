@@ -33,11 +33,11 @@ from sglang.srt.layers.quantization.mxfp8.lifecycle import (
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
 from sglang.srt.layers.quantization.mxfp8.routing import (
     CUTLASS,
-    SF_LAYOUTS,
     TRITON,
     TRTLLM,
     WEIGHT_ONLY,
 )
+from sglang.srt.layers.quantization.mxfp8.scale_layout import SF_LAYOUTS
 from sglang.srt.layers.quantization.mxfp8.weights import (
     Form,
     HalfMoved,

@@ -15,18 +15,20 @@ from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.mxfp8 import routing
 from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
 from sglang.srt.layers.quantization.mxfp8.routing import (
-    ANY_M,
-    CONFIG_DIR,
     CUTLASS,
     TRITON,
     TRTLLM,
     WEIGHT_ONLY,
     Mxfp8LinearOptions,
+    resolve_mxfp8_linear_backend,
+    select_mxfp8_linear_backend,
+)
+from sglang.srt.layers.quantization.mxfp8.scale_layout import (
+    ANY_M,
+    CONFIG_DIR,
     TunedLayer,
     config_file,
     flashinfer_version,
-    resolve_mxfp8_linear_backend,
-    select_mxfp8_linear_backend,
     tuned_layers,
 )
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -226,7 +228,10 @@ class TestSelect(CustomTestCase):
             self.assertEqual(up_to(2112, 7168, **settings), 0)
 
     def test_a_table_chooses_the_backend_under_auto_only(self):
-        tuned = {(256, 512): TunedLayer(0, CUTLASS), (256, 768): TunedLayer(0, TRITON)}
+        tuned = {
+            (256, 512): TunedLayer(0, CUTLASS.value),
+            (256, 768): TunedLayer(0, TRITON.value),
+        }
         for is_auto, k, expected in (
             (True, 512, CUTLASS),
             (False, 512, TRTLLM),
@@ -336,7 +341,7 @@ class TestTable(CustomTestCase):
 
     def test_a_table_is_read(self):
         self.assertEqual(
-            self.read(self.table()), {(2560, 8192): TunedLayer(64, CUTLASS)}
+            self.read(self.table()), {(2560, 8192): TunedLayer(64, CUTLASS.value)}
         )
         self.assertEqual(tuned_layers(CONFIG_DIR, "No such GPU", "0.6.7"), {})
         self.assertRegex(CONFIG_DIR, "/sglang/srt/layers/quantization/configs/mxfp8$")
@@ -350,7 +355,7 @@ class TestTable(CustomTestCase):
             ("N=1,K=2", {"max_m_8x4": True}, "max_m_8x4 is True"),
             ("N=1,K=2", {"max_m_8x4": -1}, "max_m_8x4 is -1"),
             ("N=1,K=2", {"m": 1}, "unexpected keyword"),
-            ("N=1,K=2", {"max_m_8x4": 1, "backend": "x"}, "not a valid"),
+            ("N=1,K=2", {"max_m_8x4": 1, "backend": "x"}, "backend is 'x"),
             ("N=1,K=2", {"max_m_8x4": 1, "backend": "weight_only"}, "backend is 'w"),
         )
         for text, reason in (

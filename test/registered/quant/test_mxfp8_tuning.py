@@ -11,13 +11,12 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from sglang.srt.layers.quantization.mxfp8 import routing
+from sglang.srt.layers.quantization.mxfp8 import scale_layout
 from sglang.srt.layers.quantization.mxfp8.routing import (
     CUTLASS,
     TRTLLM,
-    TunedLayer,
-    tuned_layers,
 )
+from sglang.srt.layers.quantization.mxfp8.scale_layout import TunedLayer, tuned_layers
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -108,7 +107,7 @@ class TestTable(CustomTestCase):
         self.write(160, 256, RAGGED)
         self.write(8192, 4096, WIDE, [1])
         self.write(256, 512, NARROW)  # measured again
-        narrow, wide = TunedLayer(8), TunedLayer(0, TRTLLM)
+        narrow, wide = TunedLayer(8), TunedLayer(0, TRTLLM.value)
         self.assertEqual(
             self.read(),
             {(256, 512): narrow, (160, 256): TunedLayer(0), (8192, 4096): wide},
@@ -120,7 +119,7 @@ class TestTable(CustomTestCase):
         self.write(8192, 4096, WIDE, rehearsal=True)
         table = json.loads(self.path.read_text())
         self.assertEqual(set(table["layers"]), {"N=256,K=512", "N=8192,K=4096"})
-        with self.assertLogs(routing.logger, "WARNING") as logs:
+        with self.assertLogs(scale_layout.logger, "WARNING") as logs:
             self.assertEqual(self.read(), {})
         self.assertIn("it is a rehearsal", logs.output[0])
 

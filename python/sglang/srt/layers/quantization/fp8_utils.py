@@ -57,9 +57,9 @@ from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearBackend,
     Mxfp8LinearChoice,
-    flashinfer_version,
     mxfp8_kernels_missing,
 )
+from sglang.srt.layers.quantization.mxfp8.scale_layout import flashinfer_version
 from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
 from sglang.srt.layers.quantization.mxfp8.weights import kernel_scale
 from sglang.srt.utils.common import sglang_lib

@@ -8,6 +8,7 @@ weight_only_kernel  a product with the checkpoint's own bytes as Triton kernels
 weight_only         the same, and in plain torch
 emulation           what FlashInfer's kernels compute, for missing hardware only
 shapes              which kernel takes which weight
+scale_layout        trtllm's activation scales: 8x4 or 128x4
 routing             which kernel for which layer
 formats             what a checkpoint's config says
 weights             one layer's weight and scale through its life

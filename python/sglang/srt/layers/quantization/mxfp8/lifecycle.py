@@ -27,10 +27,10 @@ from sglang.srt.layers.quantization.mxfp8.names import (
     with_mxfp8_names,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import (
-    ANY_M,
     Mxfp8LinearChoice,
     mxfp8_kernels_missing,
 )
+from sglang.srt.layers.quantization.mxfp8.scale_layout import ANY_M
 from sglang.srt.layers.quantization.mxfp8.self_check import check_kernels
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,

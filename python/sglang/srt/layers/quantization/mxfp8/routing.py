@@ -6,16 +6,11 @@ turns those and the layer's shape into an Mxfp8LinearChoice. A call is left with
 comparison: M <= choice.max_m_8x4.
 """
 
-import importlib.metadata
-import json
 import logging
-import os
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
-from functools import lru_cache
-from typing import Dict, List, Mapping, Optional, Tuple
+from typing import List, Mapping, Optional, Tuple
 
 import torch
 from packaging.version import Version
@@ -23,6 +18,14 @@ from packaging.version import Version
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8 import shapes
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
+from sglang.srt.layers.quantization.mxfp8.scale_layout import (
+    CONFIG_DIR,
+    TunedLayer,
+    flashinfer_version,
+    max_m_8x4,
+    parse_sf_layout,
+    tuned_layers,
+)
 from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
 from sglang.srt.utils import (
     get_device_capability,
@@ -36,16 +39,9 @@ from sglang.srt.utils import (
 logger = logging.getLogger(__name__)
 
 MIN_FLASHINFER = "0.6.7"
-ANY_M = 2**31 - 1
-# Where 8x4 activation scales are faster, by `_max_m_8x4`.
-MAX_N_8X4, MAX_M_8X4 = 2560, 128
-SF_LAYOUTS = ("auto", "8x4", "128x4")
 _WEIGHT_ONLY_NOTE = (
     "No MXFP8 product runs on this device: MXFP8 linear layers multiply 16-bit "
     "activations by weights that are decoded on the fly (weight_only)."
-)
-CONFIG_DIR = os.path.join(
-    os.path.dirname(os.path.dirname(__file__)), "configs", "mxfp8"
 )
 
 
@@ -78,19 +74,6 @@ _FLASHINFER_GPUS = {
     TRTLLM: {(10, 0): "SM100", (10, 3): "SM103"},
     CUTLASS: {(10, 0): "SM100", (10, 3): "SM103", (11, 0): "SM110"},
 }
-
-
-@dataclass(frozen=True)
-class TunedLayer:
-    """What was measured to be fastest for one shape on one GPU.
-
-    Attributes:
-        max_m_8x4: the largest M for which the 8x4 activation-scale layout was faster.
-        backend: that of the layer, or None to leave it to the flag.
-    """
-
-    max_m_8x4: int
-    backend: Optional[Mxfp8LinearBackend] = None
 
 
 @dataclass(frozen=True)
@@ -157,13 +140,6 @@ def mxfp8_kernels_missing(backend: Mxfp8LinearBackend) -> str:
     return " and ".join(missing)
 
 
-def flashinfer_version() -> Optional[str]:
-    try:
-        return importlib.metadata.version("flashinfer_python")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def resolve_mxfp8_linear_backend(flag: str) -> Mxfp8LinearOptions:
     """What `--fp8-gemm-backend flag` and the environment mean on this machine.
 
@@ -199,7 +175,7 @@ def resolve_mxfp8_linear_backend(flag: str) -> Mxfp8LinearOptions:
         available=available,
         is_auto=flag == "auto",
         forced=_parse_forced(envs.SGLANG_MXFP8_LINEAR_BACKEND.get(), available),
-        sf_layout=_parse_sf_layout(envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.get()),
+        sf_layout=parse_sf_layout(envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.get()),
         tuned=tuned_layers(
             envs.SGLANG_MXFP8_CONFIG_DIR.get() or CONFIG_DIR,
             get_device_name() or "cpu",
@@ -239,14 +215,6 @@ def _parse_forced(
     return tuple(forced)
 
 
-def _parse_sf_layout(text: str) -> str:
-    if text not in SF_LAYOUTS:
-        raise ValueError(
-            f"SGLANG_MXFP8_TRTLLM_SF_LAYOUT={text!r} is none of {', '.join(SF_LAYOUTS)}"
-        )
-    return text
-
-
 def select_mxfp8_linear_backend(
     options: Mxfp8LinearOptions, n: int, k: int, dtype: torch.dtype, prefix: str = ""
 ) -> Mxfp8LinearChoice:
@@ -270,8 +238,8 @@ def select_mxfp8_linear_backend(
     if forced is not None:
         pattern, first = forced
         reasons.append(f"SGLANG_MXFP8_LINEAR_BACKEND has {pattern}={first.value}")
-    elif options.is_auto and tuned and tuned.backend in options.available:
-        first = tuned.backend
+    elif options.is_auto and (measured := _measured_backend(options, tuned)):
+        first = measured
         reasons.append("the tuned table of this GPU says so")
     if first == options.preferred:
         reasons.clear()
@@ -282,6 +250,21 @@ def select_mxfp8_linear_backend(
             f"[{n}, {k}] cannot run on it: {'; '.join(refusals)}"
         )
     return _choice(options, backend, n, k, "; ".join(reasons + refusals))
+
+
+def _measured_backend(
+    options: Mxfp8LinearOptions, tuned: Optional[TunedLayer]
+) -> Optional[Mxfp8LinearBackend]:
+    names = {backend.value: backend for backend in options.available}
+    return names.get(tuned.backend) if tuned else None
+
+
+def _max_m_8x4(
+    options: Mxfp8LinearOptions, backend: Mxfp8LinearBackend, n: int, k: int
+) -> int:
+    if backend != TRTLLM:
+        return 0
+    return max_m_8x4(n, options.sf_layout, options.tuned.get((n, k)))
 
 
 def choice_after(
@@ -320,7 +303,7 @@ def _choice(
     return Mxfp8LinearChoice(
         backend,
         reason,
-        max_m_8x4=_max_m_8x4(options, backend, n, options.tuned.get((n, k))),
+        max_m_8x4=_max_m_8x4(options, backend, n, k),
         max_m_fused=max_m_fused(n, k) if backend == WEIGHT_ONLY else 0,
     )
 
@@ -347,84 +330,3 @@ def _first_that_takes(
         if refusal not in refusals:
             refusals.append(refusal)
     return WEIGHT_ONLY, refusals
-
-
-def _max_m_8x4(
-    options: Mxfp8LinearOptions,
-    backend: Mxfp8LinearBackend,
-    n: int,
-    tuned: Optional[TunedLayer],
-) -> int:
-    """The largest M for which trtllm's activation scales are 8x4.
-
-    By default MAX_M_8X4 for N <= MAX_N_8X4 and 0 otherwise: on a GB200, 8x4 was faster for
-    (N, K) = (2304, 8192) and (2560, 8192) up to M = 128, and 128x4 for N >= 8192 at every
-    M (vllm-project/vllm#52275). Between 2560 and 8192 nothing is published, and sglang's
-    128x4 stays.
-    """
-    # FlashInfer then expects the weight's scale in the 8x4 layout's length.
-    if backend != TRTLLM or n % 128 != 0 or options.sf_layout == "128x4":
-        return 0
-    if options.sf_layout == "8x4":
-        return ANY_M
-    if tuned:
-        return tuned.max_m_8x4
-    return MAX_M_8X4 if n <= MAX_N_8X4 else 0
-
-
-def config_file(device_name: str) -> str:
-    """Name of the file that holds the tuned table of a GPU."""
-    return f"device_name={device_name.replace(' ', '_')}.json"
-
-
-@lru_cache(maxsize=None)
-def tuned_layers(
-    directory: str, device_name: str, flashinfer: Optional[str]
-) -> Mapping[Tuple[int, int], TunedLayer]:
-    """The table that tune_mxfp8_layout.py measured on this GPU, by (N, K).
-
-    Empty without one; a wrong or stale one is ignored with a warning.
-    """
-    path = os.path.join(directory, config_file(device_name))
-    if not os.path.exists(path):
-        if directory != CONFIG_DIR:
-            logger.warning(f"SGLANG_MXFP8_CONFIG_DIR has no {path}")
-        return {}
-    try:
-        with open(path) as file:
-            layers = parse_table(json.load(file), device_name, flashinfer)
-    except Exception as error:  # whatever a file that is no table raises
-        logger.warning(
-            f"Ignored the tuned MXFP8 table {path}: {error}. Measure it again with "
-            "tune_mxfp8_layout.py, or remove it."
-        )
-        return {}
-    logger.info(f"MXFP8 linear layers of {len(layers)} shapes are tuned by {path}")
-    return layers
-
-
-def parse_table(
-    table: dict, device_name: str, flashinfer: Optional[str]
-) -> Dict[Tuple[int, int], TunedLayer]:
-    """A table of tune_mxfp8_layout.py, by (N, K). Raises ValueError, or what a wrong type
-    or a missing key raises, unless it is one of this GPU and FlashInfer version."""
-    if table.get("rehearsal"):
-        raise ValueError("it is a rehearsal, and measured no kernel of FlashInfer")
-    for key, here in (("device_name", device_name), ("flashinfer", flashinfer)):
-        if table[key] != here:
-            raise ValueError(f"it is for {key} {table[key]!r}, this is {here!r}")
-    layers = {}
-    for shape, entry in table["layers"].items():
-        match = re.fullmatch(r"N=(\d+),K=(\d+)", shape)
-        if match is None:
-            raise ValueError(f"{shape!r} is not N=...,K=...")
-        layer = TunedLayer(**entry)
-        if type(layer.max_m_8x4) is not int or layer.max_m_8x4 < 0:
-            raise ValueError(f"{shape}: max_m_8x4 is {layer.max_m_8x4!r}")
-        if layer.backend is not None:
-            backend = Mxfp8LinearBackend(layer.backend)
-            if not backend.is_flashinfer():
-                raise ValueError(f"{shape}: backend is {layer.backend!r}")
-            layer = TunedLayer(layer.max_m_8x4, backend)
-        layers[int(match[1]), int(match[2])] = layer
-    return layers

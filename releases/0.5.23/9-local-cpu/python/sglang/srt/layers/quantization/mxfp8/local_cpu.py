@@ -7,7 +7,7 @@ measure of speed.
 
 import logging
 from functools import lru_cache
-from typing import Tuple
+from typing import Optional, Tuple
 
 import flashinfer
 import torch
@@ -34,6 +34,7 @@ def install() -> None:
     fp8_utils.get_platform = lambda: sm100
     fp8_utils.is_flashinfer_available = lambda: True
     fp8_utils._raw_flashinfer_mm_mxfp8 = mm_mxfp8
+    fp8_utils._raw_flashinfer_mxfp8_quantize = mxfp8_quantize
     fp8_utils.flashinfer_mm_mxfp8 = mm_mxfp8
     fp8_utils.flashinfer_mxfp8_quantize = mxfp8_quantize
     flashinfer.block_scale_interleave = swizzle_scale
@@ -49,10 +50,14 @@ mm_mxfp8.is_backend_supported = lambda backend, sm: backend in ("trtllm", "cutla
 
 
 def mxfp8_quantize(
-    input: torch.Tensor, is_sf_swizzled_layout: bool = True, **_
+    input: torch.Tensor,
+    is_sf_swizzled_layout: bool = True,
+    sf_swizzle_layout: Optional[flashinfer.SfLayout] = None,
+    **_,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 [M, K] of bf16 or fp16, and its scale, 1-D 128x4 or [M * K // 32]."""
+    """e4m3 [M, K] of bf16 or fp16, and its scale, 1-D 128x4 or 8x4, or [M * K // 32]."""
     if is_sf_swizzled_layout:
-        return emulation.mxfp8_quantize(input.contiguous())
+        is_8x4 = sf_swizzle_layout == flashinfer.SfLayout.layout_8x4
+        return emulation.mxfp8_quantize(input.contiguous(), is_8x4)
     values, scale = numerics.quantize(input)
     return values, scale.flatten()
