@@ -25,11 +25,10 @@ from sglang.srt.layers.quantization.mxfp8.numerics import (
     quantize,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import (
-    ANY_M,
     Mxfp8LinearChoice,
     choice_after,
-    flashinfer_version,
 )
+from sglang.srt.layers.quantization.mxfp8.scale_layout import ANY_M, flashinfer_version
 from sglang.srt.layers.quantization.mxfp8.weights import (
     Mxfp8LinearWeights,
     kernel_scale,
