@@ -52,7 +52,8 @@ class _Numbers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_number = function is torch.tensor and isinstance(args[0], (int, float))
+        data = args[0] if args else kwargs.get("data")
+        is_number = function is torch.tensor and isinstance(data, (int, float))
         if is_number or function is torch.linspace:
             kwargs = {"device": "cpu", **kwargs}
         return function(*args, **kwargs)
