@@ -29,16 +29,15 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
-from sglang.srt.layers.quantization.mxfp8.names import (
+from sglang.srt.layers.quantization.mxfp8.release import (
+    ANY_EXPERT_UPDATE,
     IS_SCALE,
     OTHER_SCALE,
-    refuse_bad_kv_scales,
-    with_mxfp8_names,
-)
-from sglang.srt.layers.quantization.mxfp8.weights import (
     SCALE,
     WEIGHT,
     name_mxfp8_weights,
+    refuse_bad_kv_scales,
+    with_mxfp8_names,
 )
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
@@ -159,7 +158,7 @@ class UpdateCheck:
         if whole and taken:
             _refuse_missing_scales(named_tensors, load)
             self._refuse_unfilled(load)
-        if not whole:
+        if not whole and not ANY_EXPERT_UPDATE:
             load.refuse_experts()
         self._passed[digest] = taken, untaken
         return taken, untaken

@@ -1,0 +1,30 @@
+"""
+WeightUpdater.update_weights_from_disk, WeightUpdater.load_weights_from_distributed, WeightUpdater.update_weights_from_tensor, WeightUpdater.update_weights_from_ipc
+    why: an update that one rank cannot take was written on the others, and in part on it
+"""
+
+from overlay.marks import decorate
+
+from sglang.srt.layers.quantization.mxfp8.checked_loads import (
+    agrees,
+    checks_disk_update,
+)
+
+
+class WeightUpdater:
+    @decorate
+    @agrees
+    @checks_disk_update
+    def update_weights_from_disk(self): ...
+
+    @decorate
+    @agrees
+    def load_weights_from_distributed(self): ...
+
+    @decorate
+    @agrees
+    def update_weights_from_tensor(self): ...
+
+    @decorate
+    @agrees
+    def update_weights_from_ipc(self): ...
