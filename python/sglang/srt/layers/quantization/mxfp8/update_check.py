@@ -5,6 +5,7 @@ it first. What its loaders refuse is refused; a checkpoint has to fill every par
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from typing import (
     Any,
@@ -19,6 +20,7 @@ from typing import (
 )
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.mxfp8.agreement import (
@@ -27,7 +29,11 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     shorten,
 )
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
+from sglang.srt.layers.quantization.mxfp8.headers import (
+    check_index,
+    read_headers,
+    read_index,
+)
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
 from sglang.srt.layers.quantization.mxfp8.release import (
     ANY_EXPERT_UPDATE,
@@ -36,8 +42,14 @@ from sglang.srt.layers.quantization.mxfp8.release import (
     SCALE,
     WEIGHT,
     name_mxfp8_weights,
+    prepare_weights,
     refuse_bad_kv_scales,
     with_mxfp8_names,
+)
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
 )
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
@@ -199,6 +211,52 @@ class UpdateCheck:
                 f"{shorten(unfilled)}. Fetch it again, and check that its quantization "
                 "config lists the layers that it keeps in bf16"
             )
+
+
+def check_of(
+    build: Callable[[], torch.nn.Module], model_config, is_stage: bool
+) -> UpdateCheck:
+    """The check of a model that is served with this config, or of a pipeline stage."""
+    not_needed = [RadixAttention]  # a KV cache's scales have a default
+    if model_config.is_draft_model:
+        not_needed.append(VocabParallelEmbedding)  # the target's
+    if not model_config.is_generation:
+        from sglang.srt.models.bert import BertEmbedding
+        from sglang.srt.models.roberta import RobertaEmbedding
+
+        not_needed.append(ParallelLMHead)  # never run
+        not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
+    is_part = model_config.is_draft_model or is_stage
+    return UpdateCheck(build, is_part, tuple(not_needed))
+
+
+def check_source(
+    check: UpdateCheck,
+    loader,
+    source,
+    model: Optional[torch.nn.Module] = None,
+    name_filter: Optional[Callable[[str], bool]] = None,
+) -> None:
+    """`check.files` of what the loader reads from its `source`, by the loader's names."""
+    from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
+
+    path, draft = source.model_or_path, loader.load_config.draft_model_idx
+    if os.path.isdir(path):
+        read_index(path)
+    elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
+        raise UpdateRefused("there is no such folder")
+    folder, files, use_safetensors = prepare_weights(loader, source)
+    if use_safetensors:
+        files = maybe_add_mtp_safetensors(
+            files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
+        )
+
+    def rename(named_tensors: NamedTensors) -> NamedTensors:
+        if draft is not None:
+            return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
+        return ((f"{source.prefix}{name}", tensor) for name, tensor in named_tensors)
+
+    check.files(files, use_safetensors, model, rename, name_filter)
 
 
 class _Parameter(NamedTuple):

@@ -1,13 +1,13 @@
-"""Asks the update check before a checkpoint or an update of an MXFP8 model is written."""
+"""Asks the update check before an MXFP8 model is written, from files or from memory."""
 
 import functools
 import logging
-from typing import Callable, List, Optional, Tuple
+from contextvars import ContextVar
+from typing import Callable, Optional
 
 import torch
 
 from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.distributed import get_pp_group, get_tp_group
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import (
     UpdateRefused,
@@ -20,15 +20,14 @@ from sglang.srt.layers.quantization.mxfp8.release import with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
+    check_of,
+    check_source,
 )
-from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
-from sglang.srt.runtime_context import get_model
+from sglang.srt.runtime_context import get_parallel
 
 logger = logging.getLogger(__name__)
+
+_files_are_checked = ContextVar("_files_are_checked", default=False)
 
 
 def is_mxfp8_model(model: torch.nn.Module) -> bool:
@@ -45,8 +44,8 @@ def checks_checkpoint(get_all_weights: Callable) -> Callable:
     @functools.wraps(get_all_weights)
     def run(loader, model_config, model):
         if _is_checked(loader, model):
-            check = _make_check(loader, model_config, model)
-            _check_files(check, loader, model_config, model)
+            check = _make_check(loader, model_config)
+            check_source(check, loader, loader.Source.init_new(model_config, model))
             model.mxfp8_update_check = check
         return get_all_weights(loader, model_config, model)
 
@@ -65,108 +64,56 @@ def _is_checked(loader, model: torch.nn.Module) -> bool:
     return True
 
 
-def _make_check(loader, model_config, model: torch.nn.Module) -> UpdateCheck:
+def _make_check(loader, model_config) -> UpdateCheck:
     from sglang.srt.model_loader import loader as loaders
 
-    not_needed = [RadixAttention]  # a KV cache's scales have a default
-    if model_config.is_draft_model:
-        not_needed.append(VocabParallelEmbedding)  # the target's
-    if not model_config.is_generation:
-        not_needed.append(ParallelLMHead)  # never run
+    load_config = loader.load_config
 
     def build() -> torch.nn.Module:
-        quant_config = loaders._get_quantization_config(
-            model_config, loader.load_config
+        quant_config = loaders._get_quantization_config(model_config, load_config)
+        model = build_on_meta(
+            loaders._initialize_model, model_config, load_config, quant_config
         )
-        return build_on_meta(
-            loaders._initialize_model, model_config, loader.load_config, quant_config
-        )
+        model.load_weights = _by_name(model.load_weights)
+        return model
 
-    is_part = model_config.is_draft_model or get_pp_group().world_size > 1
-    return UpdateCheck(build, is_part=is_part, not_needed=tuple(not_needed))
+    return check_of(build, model_config, get_parallel().pp_size > 1)
 
 
-def _check_files(
-    check: UpdateCheck,
-    loader,
-    model_config,
-    model: torch.nn.Module,
-    is_update: bool = False,
-    name_filter: Optional[Callable[[str], bool]] = None,
-) -> None:
-    source = loader.Source.init_new(model_config, model)
-    draft = loader.load_config.draft_model_idx
+def _by_name(load_weights: Callable) -> Callable:
+    @functools.wraps(load_weights)
+    def run(weights, *args, **kwargs):
+        return load_weights(with_mxfp8_names(weights), *args, **kwargs)
 
-    def rename(named):
-        if draft is not None:
-            named = loader._filter_mtp_weights(named, source.prefix, draft)
-        return with_mxfp8_names(named)
-
-    check.files(
-        *_files_of(loader, source),
-        model=model if is_update else None,
-        rename=rename,
-        name_filter=name_filter,
-    )
-
-
-def _files_of(loader, source) -> Tuple[List[str], bool]:
-    """A checkpoint's files, and whether they are safetensors."""
-    from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
-
-    with get_model().override(model_checksum=None):  # the load verifies it
-        folder, files, use_safetensors = loader._prepare_weights(
-            source.model_or_path,
-            source.revision,
-            source.fall_back_to_pt,
-            source.allow_patterns_overrides,
-        )
-    if use_safetensors:
-        files = maybe_add_mtp_safetensors(
-            files,
-            folder,
-            "model.safetensors.index.json",
-            source.model_config.hf_config,
-        )
-    return files, use_safetensors
+    return run
 
 
 def checks_updates(load_model: Callable) -> Callable:
-    """Wraps a loader: from then on `model.load_weights` checks what it is given first,
-    on all ranks, but for files that `checks_disk_update` has checked."""
+    """Wraps a loader: from then on `model.load_weights` checks the tensors that it is
+    given first, on all ranks, but for those of files that were checked."""
 
     @functools.wraps(load_model)
     def run(loader, **configs):
         model = load_model(loader, **configs)
-        check = getattr(model, "mxfp8_update_check", None)
-        if check is not None:
-            check.follow(model)
-            model.mxfp8_takes_checked_files = False
-            model.load_weights = _checked(model, check)
+        if hasattr(model, "mxfp8_update_check"):
+            model.mxfp8_update_check.follow(model)
+            model.load_weights = _checked(model)
         return model
 
     return run
 
 
-def _checked(model: torch.nn.Module, check: UpdateCheck) -> Callable:
-    load_weights = model.load_weights
+def _checked(model: torch.nn.Module) -> Callable:
+    load_weights, check = _by_name(model.load_weights), model.mxfp8_update_check
 
     @functools.wraps(load_weights)
     def run(weights, *args, **kwargs):
-        if not model.mxfp8_takes_checked_files:
+        if not _files_are_checked.get():
             weights = list(weights)
             agree_to_write(_refusal_of(check.tensors, model, weights))
         return load_weights(weights, *args, **kwargs)
 
     return run
-
-
-def _refusal_of(check: Callable, *args) -> Optional[Exception]:
-    try:
-        check(*args)
-    except Exception as refusal:
-        return refusal
-    return None
 
 
 def agrees(update: Callable) -> Callable:
@@ -175,49 +122,50 @@ def agrees(update: Callable) -> Callable:
     @functools.wraps(update)
     def run(updater, *args, **kwargs):
         bound = functools.partial(update, updater, *args, **kwargs)
-        if not hasattr(updater.get_model(), "mxfp8_update_check"):
+        is_checked = hasattr(updater.get_model(), "mxfp8_update_check")
+        # Elastic EP reads the experts that a rank lacks, on that rank alone.
+        if not is_checked or kwargs.get("weight_name_filter") is not None:
             return bound()
-        return run_weight_update(get_tp_group().cpu_group, bound)
+        return run_weight_update(get_parallel().tp_group.cpu_group, bound)
 
     return run
 
 
-def checks_disk_update(update: Callable) -> Callable:
-    """Wraps an update from disk: files that the model would not take are refused on all
-    ranks, by their headers. Within it, the model takes its tensors unchecked."""
+def checks_files(update: Callable) -> Callable:
+    """Wraps an update from disk: files that the model would not take are refused by their
+    headers, on all ranks. Within it the model takes their tensors unchecked."""
 
     @functools.wraps(update)
     def run(updater, model_path, load_format, weight_name_filter=None, **kwargs):
-        model = updater.get_model()
-        check = getattr(model, "mxfp8_update_check", None)
-        bound = functools.partial(
-            update, updater, model_path, load_format, weight_name_filter, **kwargs
-        )
-        if check is None:
-            return bound()
-
-        def look() -> None:
-            _check_folder(updater, check, model_path, load_format, weight_name_filter)
-
-        agree_to_write(_refusal_of(look))
-        model.mxfp8_takes_checked_files = True
+        is_checked = hasattr(updater.get_model(), "mxfp8_update_check")
+        if is_checked and weight_name_filter is None:
+            agree_to_write(_refusal_of(_check_files, updater, model_path, load_format))
+        token = _files_are_checked.set(True)
         try:
-            return bound()
+            return update(
+                updater, model_path, load_format, weight_name_filter, **kwargs
+            )
         finally:
-            model.mxfp8_takes_checked_files = False
+            _files_are_checked.reset(token)
 
     return run
 
 
-def _check_folder(updater, check, model_path, load_format, name_filter) -> None:
+def _check_files(updater, model_path: str, load_format: str) -> None:
     from sglang.srt.model_loader.loader import get_model_loader
 
     config, model = updater.model_config, updater.get_model()
     loader = get_model_loader(LoadConfig(load_format=load_format), config)
     if not reads_files(loader.load_config):
         raise UpdateRefused(f"load format {load_format} cannot be checked; use auto")
-    served, config.model_path = config.model_path, model_path
+    source = loader.Source.init_new(config, model)
+    source.model_or_path = model_path
+    check_source(model.mxfp8_update_check, loader, source, model)
+
+
+def _refusal_of(check: Callable, *args) -> Optional[Exception]:
     try:
-        _check_files(check, loader, config, model, True, name_filter)
-    finally:
-        config.model_path = served
+        check(*args)
+    except Exception as refusal:
+        return refusal
+    return None
