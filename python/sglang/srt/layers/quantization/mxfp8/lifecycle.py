@@ -35,7 +35,6 @@ from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
     check_of,
-    check_source,
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
@@ -124,8 +123,7 @@ def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None
         return
     check = update_check_of(model_config, model)
     if check is not None:
-        source = loader.Source.init_new(model_config, model)
-        check_source(check, loader, source)
+        check.source(loader, loader.Source.init_new(model_config, model))
 
 
 def update_check_of(model_config, model) -> Optional[UpdateCheck]:
@@ -176,7 +174,7 @@ def check_mxfp8_disk_update(
         source.model_or_path = model_path
         check = update_check_of(model_config, model)
         if check is not None:
-            check_source(check, loader, source, model, name_filter)
+            check.source(loader, source, model, name_filter)
     except Exception as error:
         refusal = error
         if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):

@@ -81,6 +81,7 @@ class UpdateCheck:
         self._not_needed = not_needed
         self._passed: Dict[bytes, Tuple[Set[str], List[str]]] = {}
         self._expected: Set[str] = set()
+        self._shapes: Dict[str, torch.Size] = {}  # of the checkpoint at start
         try:
             self._model = build()
         except Exception as error:
@@ -145,6 +146,36 @@ class UpdateCheck:
         taken, untaken = self._load(named_tensors, whole=name_filter is None)
         if not taken:
             self._refuse_nothing(untaken)
+        if model is None:
+            self._shapes = {name: torch.Size(t.shape) for name, t in named_tensors}
+
+    def source(
+        self,
+        loader,
+        source,
+        model: Optional[torch.nn.Module] = None,
+        name_filter: Optional[Callable[[str], bool]] = None,
+    ) -> None:
+        """Check, as `files` does, what a default loader reads from its `source`."""
+        from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
+
+        path, draft = source.model_or_path, loader.load_config.draft_model_idx
+        if os.path.isdir(path):
+            read_index(path)
+        elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
+            raise UpdateRefused("there is no such folder")
+        folder, files, use_safetensors = prepare_weights(loader, source)
+        if use_safetensors:
+            files = maybe_add_mtp_safetensors(
+                files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
+            )
+
+        def rename(named_tensors: NamedTensors) -> NamedTensors:
+            if draft is not None:
+                return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
+            return ((f"{source.prefix}{name}", t) for name, t in named_tensors)
+
+        self.files(files, use_safetensors, model, rename, name_filter)
 
     def _load(
         self, named_tensors: List[Tuple[str, Any]], whole: bool
@@ -164,6 +195,7 @@ class UpdateCheck:
             own = isinstance(error, ValueError) and str(error)
             way_out = f". {ACCEPT_UNCHECKED}" if _is_unsupported_on_meta(error) else ""
             raise UpdateRefused(f"{own or repr(error)}{way_out}") from error
+        self._refuse_other_shapes(named_tensors)
         taken = load.taken
         untaken = [name for name, _ in named_tensors if name not in taken]
         _refuse_lost_scales(untaken, taken, {n for n, _ in self._model.named_modules()})
@@ -183,6 +215,15 @@ class UpdateCheck:
                 f"loaded (LoRA wraps layers): {shorten(gone)}. Restart the server on the "
                 "new weights"
             )
+
+    def _refuse_other_shapes(self, named_tensors: List[Tuple[str, Any]]) -> None:
+        """Some loaders pad, or take a rank's part of whatever is large enough."""
+        for name, tensor in named_tensors:
+            shape = self._shapes.get(name, tensor.shape)
+            if tuple(shape) != tuple(tensor.shape) and shape.numel() > 1:
+                raise UpdateRefused(
+                    f"{name} was {list(shape)} at start, got {list(tensor.shape)}"
+                )
 
     def _refuse_nothing(self, untaken: List[str]) -> None:
         if self._is_part:
@@ -228,35 +269,6 @@ def check_of(
         not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
     is_part = model_config.is_draft_model or is_stage
     return UpdateCheck(build, is_part, tuple(not_needed))
-
-
-def check_source(
-    check: UpdateCheck,
-    loader,
-    source,
-    model: Optional[torch.nn.Module] = None,
-    name_filter: Optional[Callable[[str], bool]] = None,
-) -> None:
-    """`check.files` of what the loader reads from its `source`, by the loader's names."""
-    from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
-
-    path, draft = source.model_or_path, loader.load_config.draft_model_idx
-    if os.path.isdir(path):
-        read_index(path)
-    elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
-        raise UpdateRefused("there is no such folder")
-    folder, files, use_safetensors = prepare_weights(loader, source)
-    if use_safetensors:
-        files = maybe_add_mtp_safetensors(
-            files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
-        )
-
-    def rename(named_tensors: NamedTensors) -> NamedTensors:
-        if draft is not None:
-            return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
-        return ((f"{source.prefix}{name}", tensor) for name, tensor in named_tensors)
-
-    check.files(files, use_safetensors, model, rename, name_filter)
 
 
 class _Parameter(NamedTuple):
@@ -305,7 +317,7 @@ class _MetaLoad:
 
     def write(self, probe: Probe, target: torch.Tensor, place: Any) -> None:
         """A copy of `probe` into `target`, or into a `place` in it."""
-        if probe.source_dtype.itemsize != target.dtype.itemsize:
+        if probe.source_dtype != target.dtype:
             refuse_as_values(", ".join(probe.origins), probe.source_dtype, target.dtype)
         storage = target.untyped_storage()._cdata
         region = target.storage_offset(), place
@@ -352,6 +364,12 @@ def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> Non
         raise UpdateRefused(
             f"{name} is {source}, but its parameter holds {target}: send the bytes of an "
             "MXFP8 checkpoint"
+        )
+    is_float = source.is_floating_point or target.is_floating_point
+    if source.itemsize == target.itemsize == 1 and source != target and is_float:
+        raise UpdateRefused(
+            f"{name} is {source}, but its parameter holds {target}: send the same bytes "
+            "as that"
         )
 
 

@@ -17,12 +17,6 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
 from sglang.srt.layers.quantization.mxfp8.headers import reads_files
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
 from sglang.srt.layers.quantization.mxfp8.release import with_mxfp8_names
-from sglang.srt.layers.quantization.mxfp8.update_check import (
-    ACCEPT_UNCHECKED,
-    UpdateCheck,
-    check_of,
-    check_source,
-)
 from sglang.srt.runtime_context import get_parallel
 
 logger = logging.getLogger(__name__)
@@ -43,39 +37,40 @@ def checks_checkpoint(get_all_weights: Callable) -> Callable:
 
     @functools.wraps(get_all_weights)
     def run(loader, model_config, model):
-        if _is_checked(loader, model):
-            check = _make_check(loader, model_config)
-            check_source(check, loader, loader.Source.init_new(model_config, model))
+        check = _make_check(loader, model_config, model)
+        if check is not None:
+            check.source(loader, loader.Source.init_new(model_config, model))
             model.mxfp8_update_check = check
         return get_all_weights(loader, model_config, model)
 
     return run
 
 
-def _is_checked(loader, model: torch.nn.Module) -> bool:
-    if not is_mxfp8_model(model) or not reads_files(loader.load_config):
-        return False
-    if getattr(model, "secondary_weights", ()):
-        logger.warning("MXFP8 weights of several sources are not checked")
-        return False
-    if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
-        logger.warning(ACCEPT_UNCHECKED)
-        return False
-    return True
-
-
-def _make_check(loader, model_config) -> UpdateCheck:
+def _make_check(loader, model_config, model: torch.nn.Module):
+    """The UpdateCheck of a model that is built; None if it is not checked."""
+    from sglang.srt.layers.quantization.mxfp8.update_check import (
+        ACCEPT_UNCHECKED,
+        check_of,
+    )
     from sglang.srt.model_loader import loader as loaders
 
     load_config = loader.load_config
+    if not is_mxfp8_model(model) or not reads_files(load_config):
+        return None
+    if getattr(model, "secondary_weights", ()):
+        logger.warning("MXFP8 weights of several sources are not checked")
+        return None
+    if envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.get():
+        logger.warning(ACCEPT_UNCHECKED)
+        return None
 
     def build() -> torch.nn.Module:
         quant_config = loaders._get_quantization_config(model_config, load_config)
-        model = build_on_meta(
+        twin = build_on_meta(
             loaders._initialize_model, model_config, load_config, quant_config
         )
-        model.load_weights = _by_name(model.load_weights)
-        return model
+        twin.load_weights = _by_name(twin.load_weights)
+        return twin
 
     return check_of(build, model_config, get_parallel().pp_size > 1)
 
@@ -160,7 +155,7 @@ def _check_files(updater, model_path: str, load_format: str) -> None:
         raise UpdateRefused(f"load format {load_format} cannot be checked; use auto")
     source = loader.Source.init_new(config, model)
     source.model_or_path = model_path
-    check_source(model.mxfp8_update_check, loader, source, model)
+    model.mxfp8_update_check.source(loader, source, model)
 
 
 def _refusal_of(check: Callable, *args) -> Optional[Exception]:
