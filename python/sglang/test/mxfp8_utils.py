@@ -568,8 +568,16 @@ class CpuServer:
     def update_from_tensor(self, tensors, load_format: Optional[str] = None) -> dict:
         """`tensors` by name, or what a load format has in their place."""
         serialized = MultiprocessingSerializer.serialize(tensors, output_str=True)
-        return self.post(
-            "/update_weights_from_tensor",
-            serialized_named_tensors=[serialized],
-            load_format=load_format,
-        )
+        body = dict(serialized_named_tensors=[serialized], load_format=load_format)
+        with self._update_session():
+            return self.post("/update_weights_from_tensor", **body)
+
+    @contextlib.contextmanager
+    def _update_session(self):
+        """What updates in memory have to come within, after 0.5.9."""
+        if is_release("0.5.9"):
+            yield
+        else:
+            assert self.post("/begin_weight_update")["success"]
+            yield
+            assert self.post("/end_weight_update")["success"]
