@@ -91,7 +91,10 @@ def with_nan(name: str, byte: int) -> dict:
 
 # The reason, and what of NEW is then another; None is for a tensor that is not there.
 UNFIT = (
-    ("does not fill.*layers.1.self_attn.qkv_proj.weight", {K_PROJ: None, K_SCALE: None}),
+    (
+        "does not fill.*layers.1.self_attn.qkv_proj.weight",
+        {K_PROJ: None, K_SCALE: None},
+    ),
     (f"lacks the scale of {K_PROJ}", {K_SCALE: None}),
     (f"does not fill.*{NORM}", {NORM: None}),
 )
@@ -106,7 +109,10 @@ WRONG = (
 )
 # Known by what the model has loaded at start: on a CPU its loaders pad.
 SHAPES = (
-    (rf"{K_PROJ} was \[128, 128\] at start, got \[64", {K_PROJ: NEW[K_PROJ][:64].clone()}),
+    (
+        rf"{K_PROJ} was \[128, 128\] at start, got \[64",
+        {K_PROJ: NEW[K_PROJ][:64].clone()},
+    ),
     (rf"{DOWN} was", {DOWN: NEW[DOWN][:, :64].clone()}),
 )
 NAN = ((f"{K_SCALE} holds NaN", with_nan(K_SCALE, 255)),)
@@ -274,8 +280,14 @@ def run_rank(folder: str, rank: int) -> None:
         fine, cut = list(NEW.items()), list(changed(SHAPES[0][1]).items())
         bad = write(f"{folder}-bad-{rank}", changed({K_SCALE: None}) if rank else NEW)
         for update, reason in (
-            (lambda: updater.load_weights_from_distributed(cut if rank else fine), "was"),
-            (lambda: updater.update_weights_from_tensor([] if rank else fine), "no ten"),
+            (
+                lambda: updater.load_weights_from_distributed(cut if rank else fine),
+                "was",
+            ),
+            (
+                lambda: updater.update_weights_from_tensor([] if rank else fine),
+                "no ten",
+            ),
             (lambda: updater.update_weights_from_disk(bad, "auto"), "lacks the scale"),
         ):
             success, message = update()
