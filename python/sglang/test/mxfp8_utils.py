@@ -316,6 +316,17 @@ def load_on_cpu(
         torch.set_default_dtype(dtype)  # upstream leaves its own when a load fails
 
 
+def as_served(model: torch.nn.Module, tensors=(), model_config=None):
+    """A model of the test's own, loaded: `tensors` through its loader, and prepared."""
+    from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+
+    loader = mock.Mock(load_config=LoadConfig())
+    loader.load_model = lambda **_: model.load_weights(tensors) or model
+    # No model class is known, so there is no copy to check updates with.
+    with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
+        return load_served_model(loader, model_config, None)
+
+
 def without(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Tensor]:
     """The tensors whose names have none of `parts` in them."""
     return {n: t for n, t in tensors.items() if not any(p in n for p in parts)}
