@@ -409,10 +409,12 @@ class TinyModelTestCase(CustomTestCase):
                 self.assertTrue(same_bytes(held[name].data, tensor), name)
 
     def assert_updates(self, model: torch.nn.Module) -> None:
-        """Through the model's loaders to checkpoint b, and to a."""
+        """Through the model's loaders to checkpoint b, and to a; nothing moves."""
+        addresses = [param.data_ptr() for param in model.parameters()]
         for tensors in self.b, self.a:
             model.load_weights(tensors.items())
             self.assert_serves(model, tensors)
+        self.assertEqual([p.data_ptr() for p in model.parameters()], addresses)
 
     @contextlib.contextmanager
     def refused(self, model: torch.nn.Module, reason: str):
