@@ -23,7 +23,6 @@ from sglang.srt.environ import envs
 from sglang.srt.layers.linear import LinearBase
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.mxfp8 import agreement, lifecycle
-from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
@@ -98,44 +97,50 @@ class TestWhole(TinyModelTestCase):
             refusal = self.refusal_of(self.model, path)
             self.assertRegex(refusal, f"{reason}.*Nothing was written")
 
-    def test_tensors(self):
-        def lost(part: str) -> dict:
-            return dict.fromkeys(name for name in self.b if part in name)
+    def test_a_model_that_is_not_filled(self):
+        for lost, parameter in (
+            (EMBEDDING, EMBEDDING),
+            ("model.norm", "model.norm.weight"),
+            (NORM, NORM),
+            ("layers.1.", QKV),
+            (f"{ATTENTION}.k_proj", QKV),
+            ("layers.1.mlp.down_proj", "layers.1.mlp.down_proj.weight"),
+        ):
+            path = self.write(without(self.b, lost))
+            self.assert_refused(path, f"does not fill.*{parameter}")
+        path = self.write(changed(self.b, {K_PROJ: None}))
+        self.assert_refused(path, f"does not fill.*{QKV}")
 
-        weight, scale, fills = self.b[K_PROJ], self.b[K_SCALE], "does not fill.*"
+    def test_tensors(self):
+        """These are refused by a model's loaders, too."""
+        weight, scale, e4m3 = self.b[K_PROJ], self.b[K_SCALE], "torch.float8_e4m3fn"
         swizzled = swizzle_scale(scale, shuffle=False)
         embedding = {EMBEDDING: self.b[EMBEDDING].to(FP8)}
         embedding[f"{EMBEDDING}_scale_inv"] = torch.ones(1)
-        holds = f"{K_PROJ}.*torch.float8_e4m3fn, got torch.bfloat16.*list the layer"
+        in_bf16 = {K_PROJ: weight.to(BF16), K_SCALE: None}
         for reason, changes in (
-            (f"{fills}{EMBEDDING}", lost(EMBEDDING)),
-            (f"{fills}model.norm.weight", lost("model.norm")),
-            (f"{fills}{NORM}", lost(NORM)),
-            (f"{fills}{QKV}", lost("layers.1.")),
-            (f"{fills}{QKV}", lost(f"{ATTENTION}.k_proj")),
-            (f"{fills}{QKV}", {K_PROJ: None}),
-            (f"{fills}layers.1.mlp.down_proj.weight", lost("layers.1.mlp.down_proj")),
             (f"lacks the scale of {K_PROJ}", {K_SCALE: None}),
             (rf"{K_SCALE}.*got \[2048\]: it looks swizzled", {K_SCALE: swizzled}),
             (rf"{K_SCALE}.*\[64, 16\], got \[64, 8\]", {K_SCALE: scale[:, :8].clone()}),
             (f"{K_SCALE}.*torch.uint8, got torch.float32", {K_SCALE: scale.float()}),
             (rf"{K_PROJ}.*\[64, 512\], got \[32, 512\]", {K_PROJ: weight[:32].clone()}),
-            (holds, {K_PROJ: weight.to(BF16), K_SCALE: None}),
-            (f"{EMBEDDING}.*torch.float8_e4m3fn, but its layer is not", embedding),
+            (rf"{K_PROJ}.*got \[64, 256\]", {K_PROJ: weight[:, ::2].clone()}),
+            (f"{K_PROJ}.*{e4m3}, got torch.bfloat16.*list the layer", in_bf16),
+            (r"\[7\].*\[512\]", {NORM: torch.ones(7).to(BF16)}),
+            (f"{NORM}.* is {e4m3}.*not quantized here", {NORM: weight[0].clone()}),
+            (f"{EMBEDDING}.*{e4m3}, but its layer is not", embedding),
             (f"{UP_SCALE} comes twice", {f"{UP}_scale": self.b[UP_SCALE].clone()}),
         ):
-            self.assert_refused(self.write(changed(self.b, changes)), reason)
+            tensors = changed(self.b, changes)
+            self.assert_refused(self.write(tensors), reason)
+            if K_SCALE in tensors:
+                with self.subTest(memory=reason), self.refused(self.model, reason):
+                    self.model.load_weights(tensors.items())
 
     def test_scales_that_nothing_takes(self):
-        kinds = (
-            "key_scale",
-            "k_cache_scale",
-            "q_scale",
-            "k_scale_inv",
-            "k_proj.k_scales",
-        )
-        names = [f"{ATTENTION}.{kind}" for kind in (*kinds, "attn.kv_cache_scale")]
-        for name in *names, f"{K_PROJ}_scale_2":
+        kinds = "key_scale k_cache_scale q_scale k_scale_inv k_proj.k_scales"
+        kinds = *kinds.split(), "attn.kv_cache_scale", "k_proj.weight_scale_2"
+        for name in (f"{ATTENTION}.{kind}" for kind in kinds):
             path = self.write({**self.b, name: ONE_SCALE})
             self.assert_refused(path, f"but not {name}")
         # Of what the model does not load.
@@ -321,29 +326,17 @@ class TestInMemory(TinyModelTestCase):
                 model.load_weights(bad.items())
 
     def test_what_does_not_fit(self):
+        """More in TestWhole.test_tensors."""
         model, weight = load_on_cpu(self.path_a), self.b[UP]
-        down, seven = self.b[DOWN].to(BF16), torch.ones(7).to(BF16)
         renamed = {f"{UP}_scale_2": self.b[UP_SCALE], UP_SCALE: None}
         in_fp8 = "is torch.float8_e4m3fn.*not quantized here"
         loaders, _, direct, _ = self.ways(model, self.b)
         for (update, tensors), reason, changes in (
-            (loaders, "got torch.bfloat16", {DOWN: down}),
-            (loaders, "got torch.float32", {DOWN: down.float()}),
-            (loaders, "got torch.float16", {UP_SCALE: self.b[UP_SCALE].half()}),
-            (loaders, r"is \[544, 512\], got \[512, 512\]", {UP: weight[:512].clone()}),
-            (
-                loaders,
-                r"is \[544, 512\], got \[544, 256\]",
-                {UP: weight[:, ::2].clone()},
-            ),
-            (loaders, r"\[7\].*\[512\]", {NORM: seven}),
-            (loaders, in_fp8, {NORM: weight[0].clone()}),
             (loaders, "is called weight_scale_inv", renamed),
-            (loaders, f"{UP_SCALE} comes twice", {f"{UP}_scale": self.b[UP_SCALE]}),
             (direct, "comes twice", {f"{DOWN}_scale": self.b[f"{DOWN}_scale_inv"]}),
             (direct, "has no parameter nothing", {"nothing": weight}),
-            (direct, "got torch.bfloat16", {DOWN: down}),
-            (direct, r"is \[512\], got \[7\]", {NORM: seven}),
+            (direct, "got torch.bfloat16", {DOWN: self.b[DOWN].to(BF16)}),
+            (direct, r"is \[512\], got \[7\]", {NORM: torch.ones(7).to(BF16)}),
             (direct, in_fp8, {NORM: weight[0].clone()}),
         ):
             with self.subTest(reason), self.refused(model, reason):
@@ -387,15 +380,13 @@ class TestTaken(TinyModelTestCase):
                 agreement.agree_to_write(None)
             raise KeyError("x")
 
-        def refuse():
-            agreement.agree_to_write(ValueError("no"))
-
-        for update, args, said, unsaid in (
-            (fail, (True,), "may be partially updated", "Nothing was written"),
-            (fail, (False,), "'x'", "written|partially"),
-            (refuse, (), "no. Nothing was written", "partially"),
+        refuse = agreement.agree_to_write, ValueError("no")
+        for update, said, unsaid in (
+            ((fail, True), "may be partially updated", "Nothing was written"),
+            ((fail, False), "'x'", "written|partially"),
+            (refuse, "no. Nothing was written", "partially"),
         ):
-            success, message = self.update(update, *args)
+            success, message = self.update(*update)
             self.assertFalse(success)
             self.assertRegex(message, said)
             self.assertNotRegex(message, unsaid)
@@ -429,7 +420,7 @@ class TestTheCopyOnMeta(TinyModelTestCase):
             reason = f"gave up or renamed .*{name}"
             before = {n: p.data.clone() for n, p in model.named_parameters()}
             with self.subTest(name):
-                with self.assertRaisesRegex(UpdateRefused, reason):
+                with self.assertRaisesRegex(agreement.UpdateRefused, reason):
                     model.load_weights(self.b.items())
                 self.assertRegex(self.refusal_of(model, self.path_b), reason)
                 for n, param in model.named_parameters():
@@ -555,17 +546,19 @@ class TestDeepseekV3(TinyModelTestCase):
         ):
             tensors = {**dict(self.tensors), changed: tensor}
             tensors = [named for named in tensors.items() if named[1] is not None]
-            with self.assertRaisesRegex(UpdateRefused, reason):
+            with self.assertRaisesRegex(agreement.UpdateRefused, reason):
                 self.whole(tensors)
 
     def test_experts_are_not_updated_in_memory(self):
         model = self.check._model
         bucket = [named for named in self.tensors if EXPERT in named[0]]
         reason = f"whole update from disk .*experts: {EXPERT}"
-        with self.assertRaisesRegex(UpdateRefused, reason):
+        with self.assertRaisesRegex(agreement.UpdateRefused, reason):
             self.check.tensors(model, bucket)
         parameter = next(n for n, _ in model.named_parameters() if "w13_weight" in n)
-        with self.assertRaisesRegex(UpdateRefused, f"whole update .*{parameter}"):
+        with self.assertRaisesRegex(
+            agreement.UpdateRefused, f"whole update .*{parameter}"
+        ):
             lifecycle.load_mxfp8_tensors_directly(model, [(parameter, None)])
         others = [named for named in self.tensors if ".mlp.experts." not in named[0]]
         self.check.tensors(model, others)
