@@ -6,10 +6,9 @@ bit for bit.
 """
 
 import concurrent.futures
-import contextlib
+import functools
 import os
 import tempfile
-import threading
 import unittest
 
 import requests
@@ -60,21 +59,18 @@ class TestMXFP8WeightUpdates(CustomTestCase):
 
     @classmethod
     def setUpClass(cls):
-        with contextlib.ExitStack() as stack:
-            cls.directory = stack.enter_context(tempfile.TemporaryDirectory())
-            cls.tensors = {n: tiny_llama_tensors(seed) for seed, n in enumerate("ab")}
-            cls.paths, cls.expected, servers = {}, {}, {}
-            for name, tensors in cls.tensors.items():
-                cls.paths[name] = cls.write(name, tensors)
-                loaders = "--custom-weight-loader", RAW_LOADER, BREAKER
-                # An idle server's /health is then green for as long as it is there.
-                env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-                args = cls.paths[name], "--skip-tokenizer-init", *loaders
-                server = CpuServer(*args, env=env)
-                servers[name] = stack.enter_context(server)
-                cls.expected[name] = server.logprobs(PROMPT)
-            cls.server, cls.other = servers["a"], servers["b"]
-            cls.addClassCleanup(stack.pop_all().close)
+        cls.directory = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.tensors = {n: tiny_llama_tensors(seed) for seed, n in enumerate("ab")}
+        cls.paths, cls.expected, servers = {}, {}, []
+        loaders = "--custom-weight-loader", RAW_LOADER, BREAKER
+        # An idle server's /health is then green for as long as it is there.
+        env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        for name, tensors in cls.tensors.items():
+            cls.paths[name] = cls.write(name, tensors)
+            args = cls.paths[name], "--skip-tokenizer-init", *loaders
+            servers.append(cls.enterClassContext(CpuServer(*args, env=env)))
+            cls.expected[name] = servers[-1].logprobs(PROMPT)
+        cls.server, cls.other = servers
         assert not torch.equal(cls.expected["a"], cls.expected["b"])
 
     @classmethod
@@ -82,28 +78,30 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         return write_checkpoint(os.path.join(cls.directory, name), tensors)
 
     def tearDown(self):
-        self.assert_updates_from_disk(self.paths["a"])
+        self.assert_succeeds(self.server.update_from_disk(self.paths["a"]))
         self.assert_serves("a")
 
     def assert_serves(self, name: str):
         served = self.server.logprobs(PROMPT)
         self.assertTrue(torch.equal(served, self.expected[name]), f"not {name}")
 
-    def assert_updates_from_disk(self, path: str) -> None:
-        result = self.server.update_from_disk(path)
+    def assert_succeeds(self, result: dict) -> None:
         self.assertTrue(result["success"], result["message"])
 
-    def assert_updates(self, update, as_sent) -> None:
+    def assert_updates(self, update, *as_sent) -> None:
         """To b and to b again, then back to a."""
         for name in "bba":
-            result = update(as_sent(self.tensors[name]))
-            self.assertTrue(result["success"], result["message"])
+            tensors = self.tensors[name]
+            for change in as_sent:
+                tensors = change(tensors)
+            self.assert_succeeds(update(tensors))
             self.assert_serves(name)
 
     def test_disk(self):
         renamed = self.write("renamed", with_weight_scale(self.tensors["b"]))
         for name in *"abba", renamed:
-            self.assert_updates_from_disk(self.paths.get(name, name))
+            path = self.paths.get(name, name)
+            self.assert_succeeds(self.server.update_from_disk(path))
             self.assert_serves("b" if name == renamed else name)
 
     def test_tensor(self):
@@ -117,20 +115,17 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             ("direct", fused_parameters, with_weight_scale, dict.items, list),
             (RAW_LOADER, fused_parameters, dict.items, list),
         ):
-
-            def update(tensors):
-                for change in as_sent:
-                    tensors = change(tensors)
-                return self.server.update_from_tensor(tensors, load_format)
-
+            update = functools.partial(
+                self.server.update_from_tensor, load_format=load_format
+            )
             with self.subTest(load_format, as_sent=as_sent):
-                self.assert_updates(update, dict)
+                self.assert_updates(update, *as_sent)
 
     def test_buckets_in_any_order_with_scales_apart(self):
         items = sorted(self.tensors["b"].items(), key=lambda item: item[0][::-1])
         for start in range(0, len(items), 7):
-            result = self.server.update_from_tensor(items[start : start + 7])
-            self.assertTrue(result["success"], result["message"])
+            sent = items[start : start + 7]
+            self.assert_succeeds(self.server.update_from_tensor(sent))
         self.assert_serves("b")
 
     def test_distributed(self):
@@ -168,34 +163,26 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                     torch.distributed.broadcast(tensor, src=0, group=trainer)
                 return received.result()
 
-            self.assert_updates(update, dict)
+            self.assert_updates(update)
             self.assert_updates(update, with_weight_scale)
             refused = update({WEIGHT: self.tensors["b"][WEIGHT].float()})
         self.assert_refused(refused, "Nothing was written")
 
     def test_it_answers_while_it_is_updated(self):
-        stop, answers = threading.Event(), []
-
-        def ask():
-            while not stop.is_set() and len(answers) < 1000:
-                answers.append(self.server.logprobs(PROMPT))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        try:
+        def update():
             for name in "baba":
-                self.assert_updates_from_disk(self.paths[name])
+                self.assert_succeeds(self.server.update_from_disk(self.paths[name]))
                 sent = list(self.tensors[name].items())
-                self.assertTrue(self.server.update_from_tensor(sent)["success"])
-        finally:
-            stop.set()
-            thread.join()
-        self.assertGreater(len(answers), 0)
-        for answer in answers:
-            self.assertTrue(
-                any(torch.equal(answer, e) for e in self.expected.values()),
-                "an answer from weights that are neither a nor b",
-            )
+                self.assert_succeeds(self.server.update_from_tensor(sent))
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            updates, answers = pool.submit(update), 0
+            while not updates.done():
+                served, answers = self.server.logprobs(PROMPT), answers + 1
+                is_one = [torch.equal(served, e) for e in self.expected.values()]
+                self.assertTrue(any(is_one), "from weights that are neither a nor b")
+            updates.result()
+        self.assertGreater(answers, 0)
 
     def test_get_weights_by_name_gives_checkpoint_bytes(self):
         served = self.server.post("/get_weights_by_name", name=WEIGHT, truncate_size=8)
