@@ -169,39 +169,35 @@ class TestLayerNames(CustomTestCase):
         for ignored, kept, quantized in (
             (
                 globs,
-                ["0.self_attn.qkv_proj", wrapped, "lm_head", "model.mtp.layers.0.x"],
-                ["0.mlp.down_proj", "10.self_attn.o_proj", "model.lm_head_norm"],
+                f"0.self_attn.qkv_proj {wrapped} lm_head model.mtp.layers.0.x",
+                "0.mlp.down_proj 10.self_attn.o_proj model.lm_head_norm",
             ),
             (
                 own["ignored_layers"],
-                ["0.mlp.down_proj", "1.self_attn.qkv_proj", "0.self_attn.o_proj"],
-                ["0.self_attn.qkv_proj", "1.mlp.down_proj"],
+                "0.mlp.down_proj 1.self_attn.qkv_proj 0.self_attn.o_proj",
+                "0.self_attn.qkv_proj 1.mlp.down_proj",
             ),
             (
                 by_llm_compressor,
-                ["0.mlp.up_proj", "1.mlp.up_proj.linear"],
-                ["1.mlp.up_proj", "1.mlp.gate_proj"],
+                "0.mlp.up_proj 1.mlp.up_proj.linear",
+                "1.mlp.up_proj 1.mlp.gate_proj",
             ),
             # A module is all its layers.
-            (["glob:model.layers.1"], ["1.mlp.gate_up_proj"], ["10.mlp.gate_up_proj"]),
-            (["glob:visual"], ["visual.blocks.0.mlp.down_proj"], []),
+            (["glob:model.layers.1"], "1.mlp.gate_up_proj", "10.mlp.gate_up_proj"),
+            (["glob:visual"], "visual.blocks.0.mlp.down_proj", ""),
             (
                 from_start,
-                ["3.self_attn.qkv_proj", "0.mlp.down_proj"],
-                ["3.mlp.down_proj", "draft.model.layers.0.mlp.down_proj"],
+                "3.self_attn.qkv_proj 0.mlp.down_proj",
+                "3.mlp.down_proj draft.model.layers.0.mlp.down_proj",
             ),
-            # One layer has no name.
-            (["glob:lm_head", "re:.+"], [], [""]),
         ):
-            self.assert_kept(ignored, kept, quantized)
+            self.assert_kept(ignored, kept.split(), quantized.split())
+        # One layer has no name.
+        self.assert_kept(["glob:lm_head", "re:.+"], [], [""])
 
     def test_targets_leave_the_rest(self):
-        qkv, o, gate_up, other = (
-            "0.self_attn.qkv_proj",
-            "0.self_attn.o_proj",
-            "0.mlp.gate_up_proj",
-            "1.mlp.gate_up_proj",
-        )
+        qkv, o = "0.self_attn.qkv_proj", "0.self_attn.o_proj"
+        gate_up, other = "0.mlp.gate_up_proj", "1.mlp.gate_up_proj"
         parts = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
         named = ["re:.*mlp.*", f"model.layers.{o}"]
         for targets, ignore, kept, quantized in (
@@ -307,18 +303,6 @@ class TestLoading(FormatTestCase):
                 qkv = model.model.layers[1].self_attn.qkv_proj
                 self.assertEqual(qkv.weight.dtype, torch.bfloat16)
 
-    def test_an_fp8_cache_and_its_scales(self):
-        scales = {
-            f"model.layers.{i}.self_attn.{part}_proj.{part}_scale": torch.tensor(0.25)
-            for i in range(2)
-            for part in "kv"
-        }
-        config = modelopt(kv_cache_scheme=FP8_CACHE)
-        path = self.write_as(config, tensors={**self.a, **scales})
-        model = load_on_cpu(path)
-        self.assertEqual(model.model.layers[1].self_attn.attn.k_scale.item(), 0.25)
-        self.assertEqual(ModelConfig(path).kv_cache_quant_algo, "FP8")
-
     def test_what_does_not_fit_is_refused_by_the_checkpoints_names(self):
         """More in test_mxfp8_update_check.py, by sglang's own names."""
         part = "model.layers.1.self_attn.k_proj"
@@ -371,6 +355,10 @@ class TestFlags(FormatTestCase):
                     config = ModelConfig(path, quantization=flag)
                     found = config.quantization.removesuffix("_marlin")
                     self.assertEqual(found, expected)
+
+    def test_an_fp8_cache_is_told(self):
+        path = self.write_as(modelopt(kv_cache_scheme=FP8_CACHE))
+        self.assertEqual(ModelConfig(path).kv_cache_quant_algo, "FP8")
 
     def test_what_is_refused(self):
         mixed = mixed_modelopt("FP8", "MXFP8")

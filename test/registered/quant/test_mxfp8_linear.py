@@ -52,7 +52,6 @@ register_cpu_ci(est_time=70, suite="default")
 BACKENDS = ("flashinfer_trtllm", "flashinfer_cutlass")
 WEIGHT, SCALE = "weight", "weight_scale_inv"
 RAW = {WEIGHT: torch.uint8, SCALE: torch.float8_e8m0fnu}  # the same bytes
-NUMBERS = {WEIGHT: torch.float8_e4m3fn, SCALE: torch.uint8}
 
 
 def process(layer):
@@ -98,44 +97,40 @@ class TestLife(LinearTestCase):
         `online` layers quantize bf16; `between` writes, layers go to kernel form.
         """
         torch.manual_seed(seed)
-        random, held = Random(seed), [{} for _ in widths]
+        random, n = Random(seed), sum(widths)
+        size, cls = list(widths), MergedColumnParallelLinear
+        if len(widths) == 1:
+            size, cls = n, ReplicatedLinear
         with envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.override(sf_layout):
-            layer = self.build(widths, k, backend, dtype, not online)
+            layer = mxfp8_linear(size, k, backend, cls, not online, params_dtype=dtype)
         at = addresses(layer)
-        writes = [*product((WEIGHT,) if online else (WEIGHT, SCALE), range(len(held)))]
-        for size in len(writes), *random.choices(range(1, len(writes) + 1), k=2):
-            for name, shard in random.sample(writes, size):
-                tensors = random_mxfp8(widths[shard], k, random.randrange(1 << 16))
-                self.write(layer, held, name, shard, tensors, online, random)
+        # What the layer should hold, and the part of each shard.
+        whole = {WEIGHT: torch.zeros(n, k).to(torch.float8_e4m3fn)}
+        whole[SCALE] = torch.zeros(n, k // 32, dtype=torch.uint8)
+        parts = {name: tensor.split(widths) for name, tensor in whole.items()}
+        writes = [*product((WEIGHT,) if online else parts, range(len(widths)))]
+        for count in len(writes), *random.choices(range(1, len(writes) + 1), k=2):
+            for name, i in random.sample(writes, count):
+                weight, *quantized = random_mxfp8(
+                    widths[i], k, random.randrange(1 << 16)
+                )
+                new, sent = dict(zip(parts, quantized)), weight
+                if not online:
+                    new = {name: new[name]}
+                    sent = new[name].view(random.choice((new[name].dtype, RAW[name])))
+                for written, tensor in new.items():
+                    parts[written][i].copy_(tensor)
+                param = getattr(layer, name)
+                param.weight_loader(param, sent, *([i] if len(widths) > 1 else []))
                 if between:
                     process(layer)
             process(layer)
             process(layer)  # once is enough
-            whole = [
-                concatenated([part[name] for part in held], number)
-                for name, number in NUMBERS.items()
-            ]
-            assert_multiplies(layer, torch.randn(m, k).to(dtype), *whole)
+            x = torch.randn(m, k).to(dtype)
+            assert_multiplies(layer, x, whole[WEIGHT], whole[SCALE])
             self.assert_one_copy(layer)
-        self.assert_holds(layer, *whole)
+        self.assert_holds(layer, whole[WEIGHT], whole[SCALE])
         self.assertEqual(addresses(layer), at)
-
-    def build(self, widths, k, backend, dtype, serialized):
-        n, cls = list(widths), MergedColumnParallelLinear
-        if len(widths) == 1:
-            n, cls = widths[0], ReplicatedLinear
-        return mxfp8_linear(n, k, backend, cls, serialized, params_dtype=dtype)
-
-    def write(self, layer, held, name, shard, tensors, online, random):
-        weight, *quantized = tensors
-        new = dict(zip(NUMBERS, quantized))
-        sent = weight
-        if not online:
-            new = {name: new[name]}
-            sent = new[name].view(random.choice((NUMBERS[name], RAW[name])))
-        held[shard].update(new)
-        param = getattr(layer, name)
-        param.weight_loader(param, sent, *([shard] if len(held) > 1 else []))
 
     def assert_one_copy(self, layer):
         """All tensors that the layer and its state hold, registered or not."""
@@ -211,12 +206,11 @@ class TestLoaderBranches(LinearTestCase):
 
     def branches(self, ranks):
         for rank, serialized, is_cpu in product(ranks, (True, False), (True, False)):
-            patches = [mock.patch.object(m, "_is_cpu", is_cpu) for m in self.loaders]
+            of_linears = mock.patch.object(linear, "_is_cpu", is_cpu)
+            of_parameters = mock.patch.object(parameter, "_is_cpu", is_cpu)
             with self.subTest(rank=rank, serialized=serialized, is_cpu=is_cpu):
-                with patches[0], patches[1]:
+                with of_linears, of_parameters:
                     yield rank, serialized
-
-    loaders = (linear, parameter)
 
     def loaded(self, cls, size, rank, serialized, loads):
         """A layer of a rank after `loads` of (bf16, e4m3, scale) and a shard id."""
@@ -604,7 +598,6 @@ def model_of(*layers):
     return model
 
 
-# What may put a parameter elsewhere than where its layer made it.
 def in_a_larger_memory(param, start: int):
     memory = torch.zeros(1 << 20, dtype=param.dtype)
     param.data = memory[start : start + param.numel()].view(param.shape)
@@ -618,13 +611,13 @@ def elsewhere_in_its_own_memory(param):
     param.data = param.data[8:]
 
 
+# How a parameter gets out of the memory that was made for it, or shares it.
 MOVES = (
     functools.partial(in_a_larger_memory, start=64),
     functools.partial(in_a_larger_memory, start=0),
     in_memory_of_the_same_size,
     elsewhere_in_its_own_memory,
 )
-# What may share it.
 ALIASES = (
     lambda model, param: model.register_buffer("w1", param.data.view(-1)),
     lambda model, param: model.register_parameter("tied", param),
@@ -633,19 +626,16 @@ ALIASES = (
 
 class TestLoading(CustomTestCase):
     def test_other_dtypes_are_refused_by_name(self):
-        layer = mxfp8_linear(256, 512)
-        weight, values, scale = random_mxfp8(256, 512)
-        with self.assertRaisesRegex(
-            ValueError, "m.proj.weight holds .*got torch.bfloat16"
+        bf16, weight, scale = random_mxfp8(256, 512)
+        for serialized, name, tensor, reason in (
+            (True, WEIGHT, bf16, "m.proj.weight holds .*got torch.bfloat16"),
+            (True, SCALE, scale.float(), "m.proj.weight_scale_inv holds"),
+            (False, WEIGHT, weight, "quantizes bf16, fp16 or fp32"),
+            (False, SCALE, scale, "makes the scales itself"),
         ):
-            load_mxfp8(layer, weight, scale)
-        with self.assertRaisesRegex(ValueError, "m.proj.weight_scale_inv holds"):
-            load_mxfp8(layer, values, scale.float())
-        online = mxfp8_linear(256, 512, serialized=False)
-        with self.assertRaisesRegex(ValueError, "quantizes bf16, fp16 or fp32"):
-            load_mxfp8(online, values, scale)
-        with self.assertRaisesRegex(ValueError, "makes the scales itself"):
-            online.weight_scale_inv.weight_loader(online.weight_scale_inv, scale)
+            param = getattr(mxfp8_linear(256, 512, serialized=serialized), name)
+            with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
+                param.weight_loader(param, tensor)
 
     def test_a_layer_without_scales_stops_the_load_by_name(self):
         full, bare = mxfp8_linear(256, 512), mxfp8_linear(256, 512)
@@ -698,7 +688,7 @@ class TestLoading(CustomTestCase):
         # The last is too narrow for FlashInfer, and has no room behind its scale.
         shapes = (TRTLLM, 160), (CUTLASS, 160), ("auto", 40)
         changes = *MOVES, *ALIASES
-        for change, name, (backend, n) in product(changes, NUMBERS, shapes):
+        for change, name, (backend, n) in product(changes, RAW, shapes):
             with self.subTest(change=change, name=name, backend=backend):
                 layers = [mxfp8_linear(n, 512, backend) for _ in "ab"]
                 model, param = model_of(*layers), getattr(layers[1], name)

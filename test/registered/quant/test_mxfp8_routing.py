@@ -225,11 +225,12 @@ class TestSelect(CustomTestCase):
 class TestSettings(CustomTestCase):
     """Environment variables, through the real linear method and the summary line."""
 
-    def log(self, *shapes, **environment) -> str:
-        """What a server of such layers logs at start."""
+    def log(self, shapes, **environment) -> str:
+        """What a server of such layers logs at start; variables without SGLANG_MXFP8_."""
         with contextlib.ExitStack() as stack:
             for name, value in environment.items():
-                stack.enter_context(getattr(envs, name).override(value))
+                variable = getattr(envs, f"SGLANG_MXFP8_{name}")
+                stack.enter_context(variable.override(value))
             model = torch.nn.ModuleList(mxfp8_linear(*shape) for shape in shapes)
         model.load_weights = lambda _: None
         with self.assertLogs("sglang", "INFO") as logs:
@@ -237,46 +238,37 @@ class TestSettings(CustomTestCase):
         return "\n".join(logs.output)
 
     def test_the_log_says_what_runs_where_and_why(self):
-        two = (256, 512), (384, 512)
+        two, trtllm = ((256, 512), (384, 512)), "flashinfer_trtllm"
+        three = (576, 1536), (960, 576), (40, 576)
         forced = "m.proj = flashinfer_cutlass, nothing=weight_only"
-        for environment, shapes, *lines in (
+        listed = r"\(0 \[256, 512\], 1 \[384, 512\]\)$"
+        why = "SGLANG_MXFP8_LINEAR_BACKEND has m.proj=flashinfer_cutlass"
+        for shapes, environment, *lines in (
             (
-                {},
                 two,
-                r"MXFP8 linear layers: 2 on flashinfer_trtllm, 8x4 scales up to M = 128 "
-                r"\(0 \[256, 512\], 1 \[384, 512\]\)$",
+                {},
+                f"MXFP8 linear layers: 2 on {trtllm}, 8x4 scales up to M = 128 {listed}",
                 "emulated in torch",
             ),
             (
+                three,
                 {},
-                ((576, 1536), (960, 576), (40, 576)),
-                r"1 on flashinfer_trtllm, 128x4 scales \(0 \[576, 1536\]\); ",
+                rf"1 on {trtllm}, 128x4 scales \(0 \[576, 1536\]\); ",
                 r"flashinfer_cutlass \(1 \[960, 576\]\) since K = 576 is not",
                 r"weight_only \(2 .*smaller than 128",
             ),
             (
-                dict(SGLANG_MXFP8_LINEAR_BACKEND=forced),
                 two,
-                r"2 on flashinfer_cutlass .* since SGLANG_MXFP8_LINEAR_BACKEND has "
-                "m.proj=flashinfer_cutlass",
+                dict(LINEAR_BACKEND=forced),
+                f"2 on flashinfer_cutlass .* since {why}",
                 "no MXFP8 layer of this model matches nothing",
             ),
-            (
-                dict(SGLANG_MXFP8_LINEAR_BACKEND="proj=weight_only"),
-                two,
-                r"2 on weight_only \(",
-            ),
-            *(
-                (
-                    dict(SGLANG_MXFP8_TRTLLM_SF_LAYOUT=layout),
-                    two,
-                    rf"2 on flashinfer_trtllm, {layout} scales \(",
-                )
-                for layout in ("8x4", "128x4")
-            ),
+            (two, dict(LINEAR_BACKEND="proj=weight_only"), r"2 on weight_only \("),
+            (two, dict(TRTLLM_SF_LAYOUT="8x4"), rf"2 on {trtllm}, 8x4 scales \("),
+            (two, dict(TRTLLM_SF_LAYOUT="128x4"), rf"2 on {trtllm}, 128x4 scales \("),
         ):
             with self.subTest(environment, shapes=shapes):
-                log = self.log(*shapes, **environment)
+                log = self.log(shapes, **environment)
                 for line in lines:
                     self.assertRegex(log, f"(?m){line}")
                 self.assertEqual("matches" in log, "nothing" in lines[-1])
