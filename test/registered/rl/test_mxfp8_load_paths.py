@@ -143,27 +143,22 @@ class TestDiskUpdateFormats(LoadPathTestCase):
 class TestLostBytes(LoadPathTestCase):
     """An update restores what has other bytes than it was left with."""
 
-    def test_the_memory_saver(self):
-        """Its pause and resume need CUDA; what they do to memory is done here."""
+    def test_the_memory_saver_and_the_weights_checker(self):
+        """The saver's pause and resume need CUDA; what they do to memory is done here."""
         model = load_on_cpu(self.path_a)
-        generator = torch.Generator().manual_seed(0)
         for weights in mxfp8_weights_of(model):
             for param in (weights.layer.weight, weights.layer.weight_scale_inv):
                 storage = param.untyped_storage()  # with the padding
-                raw = torch.empty(0, dtype=torch.uint8).set_(storage)
-                raw.random_(generator=generator)
+                torch.empty(0, dtype=torch.uint8).set_(storage).random_()
         self.assert_updates(model)
-
-    def test_the_weights_checker(self):
-        model = load_on_cpu(self.path_a)
         runner = model_runner(model)
         runner._weight_checker = WeightChecker(runner)
         with torch.no_grad():
             runner.check_weights("snapshot")
             self.assert_serves(model, self.a)
             runner.check_weights("reset_tensors")
-        scale = mxfp8_weights_of(model)[0].layer.weight_scale_inv
         with mxfp8_checkpoint_form(model):
+            scale = mxfp8_weights_of(model)[0].layer.weight_scale_inv
             self.assertGreater(scale.unique().numel(), 200)
         self.assert_updates(model)
 
@@ -241,14 +236,7 @@ class TestRemoteInstance(LoadPathTestCase):
 class TestCheckpointEngine(LoadPathTestCase):
     def setUp(self):
         """A `checkpoint_engine` that hands over what it was asked for in buckets."""
-        self.sent = []
-
-        def update_weights_from_ipc(_, handle, device_id, run, post_hook):
-            for bucket in self.sent:
-                run(bucket)
-            post_hook()
-
-        worker = types.SimpleNamespace(update_weights_from_ipc=update_weights_from_ipc)
+        worker = types.SimpleNamespace(update_weights_from_ipc=self.hand_over)
         modules = {"checkpoint_engine": mock.Mock(), "checkpoint_engine.worker": worker}
         # Its command line needs more packages.
         modules["sglang.srt.checkpoint_engine.update"] = mock.Mock()
@@ -264,17 +252,21 @@ class TestCheckpointEngine(LoadPathTestCase):
         ):
             self.enterContext(mock.patch.object(owner, name, return_value=value))
 
+    def hand_over(self, _, handle, device_id, run, post_hook):
+        for start in range(0, len(self.sent), 5):
+            run(self.sent[start : start + 5])
+        post_hook()
+
     def test_buckets_over_ipc(self):
         model = load_on_cpu(self.path_a)
         runner = model_runner(model)
         request = types.SimpleNamespace(zmq_handles={"GPU-0": "ipc://stand-in"})
         for tensors in self.b, self.b, self.a:
-            items = list(tensors.items())
-            self.sent = [items[start : start + 5] for start in range(0, len(items), 5)]
+            self.sent = list(tensors.items())
             success, message = runner.update_weights_from_ipc(request)
             self.assertTrue(success, message)
             self.assert_serves(model, tensors)
-        self.sent = [[(DOWN, self.b[DOWN].bfloat16())]]
+        self.sent = [(DOWN, self.b[DOWN].bfloat16())]
         success, message = runner.update_weights_from_ipc(request)
         self.assertFalse(success)
         self.assertIn("holds torch.float8_e4m3fn, got torch.bfloat16", message)
@@ -322,7 +314,6 @@ class TestPackedExperts(LoadPathTestCase):
         moe_intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=4,
         vocab_size=256,
         n_routed_experts=4,
         n_shared_experts=1,
@@ -337,19 +328,20 @@ class TestPackedExperts(LoadPathTestCase):
             return DeepseekForCausalLM(self.config, quant_config)
 
     def test_in_mxfp8_they_are_refused_before_a_byte_is_written(self):
-        reason = "experts.down_proj .*its weight was put into other memory"
+        reason = "its weight was put into other memory"
         for serialized, device in itertools.product((True, False), ("cpu", "meta")):
             with self.subTest(serialized=serialized, device=device):
                 model = self.build(mxfp8_config(serialized=serialized), device)
                 dtype = torch.float8_e4m3fn if serialized else torch.bfloat16
                 weight = torch.ones(256, 128).to(dtype)
                 packed = model.model.layers[1].mlp.w2.view(torch.uint8)
-                if device == "cpu":
-                    packed.fill_(7)
-                with self.assertRaisesRegex(ValueError, reason):
+                packed.fill_(7)
+                with self.assertRaisesRegex(
+                    ValueError, f"experts.down_proj .*{reason}"
+                ):
                     model.load_weights([(self.expert, weight)])
                 self.assertTrue(device == "meta" or (packed == 7).all())
-                with self.assertRaisesRegex(ValueError, "its weight was put into"):
+                with self.assertRaisesRegex(ValueError, reason):
                     check_parameters(model)
 
     def test_in_bf16_they_load_beside_layers_in_mxfp8(self):
