@@ -413,15 +413,17 @@ class TinyModelTestCase(CustomTestCase):
             yield
         self.assert_serves(model, self.a)
 
+    def config_of(self, path: str):
+        """What an update from disk asks of the config of a model."""
+        settings = dict(revision=None, quantization="mxfp8", hf_config=None)
+        return SimpleNamespace(model_path=path, dtype=torch.bfloat16, **settings)
+
     def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
         """Why `model` is not updated from `path`; "" if it may be."""
         from sglang.srt.layers.quantization.mxfp8 import lifecycle
 
-        config = SimpleNamespace(
-            model_path=path, revision=None, quantization="mxfp8", hf_config=None
-        )
         refusal = lifecycle.check_mxfp8_disk_update(
-            model, config, get_model_loader, path, load_format, **kwargs
+            model, self.config_of(path), get_model_loader, path, load_format, **kwargs
         )
         return refusal or ""
 
