@@ -47,7 +47,7 @@ from sglang.test.test_utils import (
 
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
-    if is_release("0.5.9"):
+    if sglang.__version__.startswith("0.5.9"):
         init_parallel_state(rank=0, size=1, port=0)
     else:
         from sglang.test.layer_ut_utils import init_single_process_dist
@@ -97,10 +97,6 @@ def as_on_a_gpu():
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
-
-
-def is_release(version: str) -> bool:
-    return sglang.__version__.partition("+")[0] == version
 
 
 def for_random(times: int, **choices: Sequence) -> Callable:

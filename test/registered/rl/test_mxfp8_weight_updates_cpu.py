@@ -1,8 +1,8 @@
 """Every way to update the weights of a running MXFP8 server, over real HTTP, on a CPU.
 
-FlashInfer's kernels are emulated; the weights are in the kernels' layouts. After each
-update the log probabilities must equal those of a server started on the new weights,
-bit for bit.
+FlashInfer's kernels are emulated; the weights are in the kernels' layouts. At start a
+server answers as transformers does. After each update the log probabilities must equal
+those of a server started on the new weights, bit for bit.
 """
 
 import concurrent.futures
@@ -13,13 +13,17 @@ import unittest
 
 import requests
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang.srt.utils import init_custom_process_group
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from sglang.test import mxfp8_utils
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    TINY_LLAMA,
     CpuServer,
+    as_reference,
+    assert_as_close_as_bf16,
     free_port,
     fused_parameters,
     tiny_llama_tensors,
@@ -29,7 +33,7 @@ from sglang.test.mxfp8_utils import (
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="default")
+register_cpu_ci(est_time=80, suite="default")
 
 PROMPT = list(range(3, 60))
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -96,6 +100,30 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                 tensors = change(tensors)
             self.assert_succeeds(update(tensors))
             self.assert_serves(name)
+
+    def test_at_start_it_answers_as_transformers_does(self):
+        """Of a long prompt all scales are 128x4; of a short one those of narrow layers
+        are 8x4."""
+        self.assertRegex(
+            self.server.log.getvalue(),
+            r"4 on flashinfer_trtllm, 8x4 scales up to M = 128 \(qkv_proj .640, 512., o_"
+            r".*; 2 on flashinfer_trtllm, 128x4 scales \(gate_up_proj .1088, 512.\); "
+            r"2 on flashinfer_cutlass \(down_proj .512, 544.\) since K = 544",
+        )
+        model = LlamaForCausalLM(LlamaConfig(**TINY_LLAMA))
+        reference = as_reference(model, self.tensors["a"])
+        for m in (300, 40):
+            prompt = [(7 * i) % 300 + 3 for i in range(m)]
+            served = self.server.logprobs(prompt)
+            assert_as_close_as_bf16(served, reference, prompt, times=1.2)
+
+    def test_what_is_refused_at_start_stops_a_server(self):
+        env = {"SGLANG_MXFP8_EMULATION": "0"}
+        server = CpuServer(self.paths["a"], "--skip-tokenizer-init", env=env)
+        with self.assertRaisesRegex(Exception, "exited"), server:
+            pass
+        message = "a device without CUDA.*SM100 or SM103.*SGLANG_MXFP8_EMULATION=1"
+        self.assertRegex(server.log.getvalue(), message)
 
     def test_disk(self):
         renamed = self.write("renamed", with_weight_scale(self.tensors["b"]))
