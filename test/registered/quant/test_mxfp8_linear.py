@@ -1,7 +1,6 @@
 """MXFP8 linear layers of a real sglang, kernels emulated: their life, calls, loading."""
 
 import contextlib
-import functools
 import time
 import types
 import unittest
@@ -598,30 +597,25 @@ def model_of(*layers):
     return model
 
 
-def in_a_larger_memory(param, start: int):
-    memory = torch.zeros(1 << 20, dtype=param.dtype)
-    param.data = memory[start : start + param.numel()].view(param.shape)
-
-
-def in_memory_of_the_same_size(param):
+# How a parameter gets out of the memory that was made for it, or shares it.
+def in_memory_of_the_same_size(model, param):
     param.data = param.data.clone()
 
 
-def elsewhere_in_its_own_memory(param):
+def elsewhere_in_its_own_memory(model, param):
     param.data = param.data[8:]
 
 
-# How a parameter gets out of the memory that was made for it, or shares it.
-MOVES = (
-    functools.partial(in_a_larger_memory, start=64),
-    functools.partial(in_a_larger_memory, start=0),
-    in_memory_of_the_same_size,
-    elsewhere_in_its_own_memory,
-)
-ALIASES = (
-    lambda model, param: model.register_buffer("w1", param.data.view(-1)),
-    lambda model, param: model.register_parameter("tied", param),
-)
+def with_an_alias(model, param):
+    model.w1 = param.data.view(-1)
+
+
+def in_two_modules(model, param):
+    model.register_parameter("tied", param)
+
+
+MOVES = in_memory_of_the_same_size, elsewhere_in_its_own_memory
+ALIASES = with_an_alias, in_two_modules
 
 
 class TestLoading(CustomTestCase):
@@ -689,10 +683,10 @@ class TestLoading(CustomTestCase):
         shapes = (TRTLLM, 160), (CUTLASS, 160), ("auto", 40)
         changes = *MOVES, *ALIASES
         for change, name, (backend, n) in product(changes, RAW, shapes):
-            with self.subTest(change=change, name=name, backend=backend):
+            with self.subTest(change.__name__, name=name, backend=backend):
                 layers = [mxfp8_linear(n, 512, backend) for _ in "ab"]
-                model, param = model_of(*layers), getattr(layers[1], name)
-                change(param) if change in MOVES else change(model, param)
+                model = model_of(*layers)
+                change(model, getattr(layers[1], name))
                 message = f"layers.1 .*its {name} was put into other memory"
                 with self.assertRaisesRegex(ValueError, message):
                     as_served(model)

@@ -104,6 +104,7 @@ def assert_agrees(model, rank: int, tensors: dict) -> None:
         update = on_rank_1 if rank else on_rank_0
         success, message = agreement.run_weight_update(group, update)
         assert not success and re.search(reason, message), message
+        assert (partly in message) == bool(writes), message
         assert written == [None] * writes, written
 
 
