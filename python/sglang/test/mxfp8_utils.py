@@ -327,6 +327,21 @@ def with_weight_scale(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tenso
     return {n.replace("_scale_inv", "_scale"): t for n, t in tensors.items()}
 
 
+def with_e8m0_scales(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Scales of the dtype that torch has for them."""
+    return {
+        n: t.view(torch.float8_e8m0fnu) if "scale" in n else t
+        for n, t in tensors.items()
+    }
+
+
+def with_bf16(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Tensor]:
+    """The weights whose names have any of `parts` in bf16 and without scales."""
+    others = without(tensors, *parts)
+    changed = without({n: t for n, t in tensors.items() if n not in others}, "scale")
+    return others | {n: (t.float() / 448).bfloat16() for n, t in changed.items()}
+
+
 _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
 _FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
 

@@ -29,6 +29,8 @@ from sglang.test.mxfp8_utils import (
     TinyModelTestCase,
     load_on_cpu,
     mxfp8_config,
+    with_bf16,
+    with_e8m0_scales,
     with_weight_scale,
 )
 from sglang.test.test_utils import CustomTestCase
@@ -257,12 +259,8 @@ class FormatTestCase(TinyModelTestCase):
 
 class TestLoading(FormatTestCase):
     def test_every_format_holds_the_same_bytes_and_takes_both_names_of_a_scale(self):
-        as_e8m0 = {
-            name: t.view(torch.float8_e8m0fnu) if "scale" in name else t
-            for name, t in self.a.items()
-        }
         paths = {name: self.write_as(*form) for name, form in FORMATS.items()}
-        paths["e8m0"] = self.write_as(modelopt(), tensors=as_e8m0)
+        paths["e8m0"] = self.write_as(modelopt(), tensors=with_e8m0_scales(self.a))
         for name, path in {**paths, "own": self.path_a}.items():
             with self.subTest(name):
                 model = load_on_cpu(path)
@@ -272,21 +270,10 @@ class TestLoading(FormatTestCase):
                 model.load_weights(with_weight_scale(self.b).items())
                 self.assert_updates(model)
 
-    def with_bf16(self, *layers: str) -> dict:
-        """Checkpoint a with these layers in bf16 and without scales."""
-        tensors = dict(self.a)
-        for name in self.a:
-            layer, _, last = name.rpartition(".")
-            if layer.endswith(layers):
-                weight = tensors.pop(name)
-                if last == "weight":
-                    tensors[name] = (weight.float() / 448).bfloat16()
-        return tensors
-
     def test_mixed_checkpoints_are_served_mixed(self):
         """Also where the model cannot be asked: layers go by their prefixes."""
         parts = "q_proj", "k_proj", "v_proj"
-        tensors = self.with_bf16(*parts)
+        tensors = with_bf16(self.a, *parts)
         listed = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in parts]
         cannot_ask = mock.patch.object(names, "ask_model", side_effect=KeyError("x"))
         for quantization, asking in (
@@ -310,7 +297,7 @@ class TestLoading(FormatTestCase):
         short = {f"{scale}_inv": self.a[f"{scale}_inv"][:, :8].contiguous()}
         for ignore, tensors, reason in (
             ([], {**self.a, **short}, rf"{scale} .*is \[64, 16\], got \[64, 8\]"),
-            ([part], self.with_bf16(part), rf"qkv_proj is one layer.*{part} not"),
+            ([part], with_bf16(self.a, part), rf"qkv_proj is one layer.*{part} not"),
             (["*.[qkv]_proj"], self.a, r"_proj.weight is torch.float8_e4m3fn, but"),
         ):
             path = self.write_as(modelopt(ignore=ignore), tensors=tensors)

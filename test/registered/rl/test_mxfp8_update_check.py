@@ -44,6 +44,7 @@ from sglang.test.mxfp8_utils import (
     mxfp8_state,
     same_bytes,
     server_model_config,
+    with_bf16,
     without,
     write_past_the_loaders,
 )
@@ -151,10 +152,7 @@ class TestWhole(TinyModelTestCase):
         kept = ["layers.1.self_attn", "layers.1.mlp"]
         own = {**TINY_LLAMA["quantization_config"], "modules_to_not_convert": kept}
         changes = dict(tie_word_embeddings=False, quantization_config=own)
-        tensors = without(self.b, *kept)
-        for name in self.b.keys() - tensors.keys():
-            if "scale" not in name:
-                tensors[name] = self.b[name].to(BF16)
+        tensors = with_bf16(self.b, *kept)
         tensors["lm_head.weight"] = self.b[EMBEDDING].clone()
         load_on_cpu(self.write(tensors, **changes))
         for lost, parameter in (

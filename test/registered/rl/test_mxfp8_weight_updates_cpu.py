@@ -27,6 +27,7 @@ from sglang.test.mxfp8_utils import (
     free_port,
     fused_parameters,
     tiny_llama_tensors,
+    with_e8m0_scales,
     with_weight_scale,
     without,
     write_checkpoint,
@@ -41,13 +42,6 @@ RAW_LOADER, BREAKER = (
     f"{mxfp8_utils.__name__}.{loader.__name__}"
     for loader in (mxfp8_utils.write_past_the_loaders, mxfp8_utils.break_the_next_move)
 )
-
-
-def with_e8m0_scales(tensors: dict) -> dict:
-    return {
-        name: tensor.view(torch.float8_e8m0fnu) if "scale" in name else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def flattened(tensors: dict) -> dict:
