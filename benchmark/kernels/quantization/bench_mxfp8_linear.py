@@ -3,7 +3,8 @@
 
 Median of the repetitions, each a CUDA graph of calls on operands in turn, out of the L2
 cache. GB/s counts the least bytes that a call must move; beside them stands a plain copy of
-the bf16 weight. Without triton_kernels, Triton's quantizer is plain torch, as in a server.
+the bf16 weight. The last column is bf16's time of the same linear by this one's. Without
+triton_kernels, Triton's quantizer is plain torch, as in a server.
 
 Needs a CUDA GPU and .venv (./scripts/setup.sh); what cannot run on that GPU is named with
 its reason. --rehearse runs the same steps on a CPU, emulated, and measures nothing of use.
@@ -14,25 +15,25 @@ its reason. --rehearse runs the same steps on a CPU, emulated, and measures noth
     ./benchmark/kernels/quantization/bench_mxfp8_linear.py --rehearse
 """
 
+import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import mxfp8_timing as timing
-
-timing.need_sglang()
 import torch
 
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import routing
+from sglang.srt.layers.quantization.mxfp8 import routing, weight_only
 
-BF16, TRITON = "bf16 torch", "triton"
+BF16, TRITON, WEIGHT_ONLY = "bf16 torch", "triton", "weight_only"
 FLASHINFER = (
     "flashinfer_trtllm 128x4",
     "flashinfer_trtllm 8x4",
     "flashinfer_cutlass 128x4",
 )
+NAMES = BF16, WEIGHT_ONLY, *FLASHINFER, TRITON
 
 
 def refusal(name: str, n: int, k: int) -> str:
@@ -96,6 +97,10 @@ def parts(name: str, operands: Sequence) -> dict[str, timing.Work]:
         calls = [(input, weight.to(torch.bfloat16)) for input, weight, _ in operands]
         linear, copied = torch.nn.functional.linear, [call[1:] for call in calls]
         return {"linear": work(linear, calls), "copy": work(torch.clone, copied)}
+    if name == WEIGHT_ONLY:
+        max_m = weight_only.max_m_fused(*operands[0][1].shape)
+        linear = partial(weight_only.weight_only_linear, max_m_fused=max_m)
+        return {"linear": work(linear, operands)}
     linear, quantize, gemm = triton() if name == TRITON else flashinfer(name)
     quantized = [(*quantize(input), *weights) for input, *weights in operands]
     return {
@@ -105,13 +110,15 @@ def parts(name: str, operands: Sequence) -> dict[str, timing.Work]:
     }
 
 
-def table_row(m: int, n: int, k: int, key: tuple, us: list, nbytes: int) -> str:
+def table_row(m: int, n: int, k: int, key: tuple, us: list, nbytes: int, bf16: float):
     name, part = key
     median = statistics.median(us)
     spread = f"{median:.2f} ({min(us):.2f}..{max(us):.2f})"
     is_product = part in ("linear", "gemm")
     speed = f"{2 * m * n * k / median / 1e6:.4g}" if is_product else "-"
-    return timing.row(m, part, name, spread, f"{nbytes / median / 1e3:.4g}", speed)
+    ratio = f"{bf16 / median:.2f}" if part == "linear" else "-"
+    bandwidth = f"{nbytes / median / 1e3:.4g}"
+    return timing.row(m, part, name, spread, bandwidth, speed, ratio)
 
 
 def measured(names: list[str], n: int, k: int, m: int, failed: list) -> Iterator[str]:
@@ -125,18 +132,20 @@ def measured(names: list[str], n: int, k: int, m: int, failed: list) -> Iterator
         except Exception as error:  # FlashInfer, Triton and torch have their own
             what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             failed.append(f"- {name}, M={m}, N={n}, K={k}: {what}")
-    for key, us in timing.measure(works, 50 if timing.HAS_GPU else 3).items():
-        yield table_row(m, n, k, key, us, works[key].bytes)
+    taken = timing.measure(works, 50 if timing.HAS_GPU else 3)
+    bf16 = statistics.median(taken.get((BF16, "linear"), [float("nan")]))
+    for key, us in taken.items():
+        yield table_row(m, n, k, key, us, works[key].bytes, bf16)
 
 
 def report(names: dict[timing.Shape, str], ms: list[int]) -> Iterator[str]:
     left_out, failed = [], []
     yield f"# MXFP8 linears\n\n{timing.environment()}\n"
-    yield timing.method(__doc__)
-    titles = "M", "part", "of", "median us (min..max)", "GB/s", "TFLOP/s"
+    yield __doc__.split("\n\n")[1]
+    titles = "M", "part", "of", "median us (min..max)", "GB/s", "TFLOP/s", "bf16 / this"
     for (n, k), title in names.items():
         yield f"\n### {title} [{n}, {k}]\n\n{timing.head(*titles)}"
-        refusals = {name: refusal(name, n, k) for name in (BF16, *FLASHINFER, TRITON)}
+        refusals = {name: refusal(name, n, k) for name in NAMES}
         left_out += [f"- {x} [{n}, {k}]: {why}" for x, why in refusals.items() if why]
         fitting = [name for name, why in refusals.items() if not why]
         for m in ms:
@@ -148,7 +157,8 @@ def report(names: dict[timing.Shape, str], ms: list[int]) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = timing.parser(__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--shapes", nargs="+", type=timing.shape, metavar="N,K")
     parser.add_argument("--m", nargs="+", type=int, metavar="M")
     args = timing.rehearsable(parser)

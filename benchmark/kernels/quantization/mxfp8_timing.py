@@ -4,15 +4,12 @@ CUDA graphs of calls on operands in turn, so many that each is out of the L2 cac
 its turn comes again; what is compared takes turns; medians. Without a GPU the same steps
 run by the clock, which rehearses them and measures nothing of use.
 
-To be imported before torch: importing it starts the script again in `.venv`, if there is
-one. Without an installed sglang, this checkout's own files are its package.
+To be imported before torch: it starts the script again in `.venv`, if there is one.
 """
 
 import argparse
 import datetime
-import importlib.util
 import os
-import statistics
 import subprocess
 import sys
 import timeit
@@ -28,8 +25,7 @@ try:
 except ImportError:  # in a checkout of sglang, which is installed
     pass
 else:
-    run_in_venv(needs="torch")
-sys.path.append(str(ROOT / "python"))
+    run_in_venv()
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -37,6 +33,8 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 if not HAS_GPU:  # as scripts/test.sh does, for sglang to be imported
     sys.path.insert(0, str(ROOT / "scripts" / "cpu_stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
+
 REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 PACKAGES = "torch", "triton", "flashinfer-python", "flashinfer_python"
 GROUP_SIZE = 32  # elements along K that share a scale
@@ -52,13 +50,6 @@ SHAPES = {  # as sglang fuses the linears
     (1280, 8192): "Llama-3-70B qkv_proj, TP 8",
     (8192, 3584): "Llama-3-70B down_proj, TP 8",
 }
-
-
-def need_sglang() -> None:
-    """Exit with one line unless the patched sglang is installed as a whole."""
-    found = importlib.util.find_spec("sglang").origin  # None for this checkout's files
-    if not found or not (Path(found).parent / "srt/layers/quantization/mxfp8").is_dir():
-        sys.exit(f"{Path(sys.argv[0]).name}: the patched sglang is not installed")
 
 
 class Work(NamedTuple):
@@ -88,8 +79,6 @@ def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
 
     Kernel forms are permutations, so random bytes are one, of every backend.
     """
-    from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
-
     groups = k // GROUP_SIZE
     room = swizzled_scale_numel(n, groups)
     operands = []
@@ -129,19 +118,13 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
 
 
 def measure(works: Mapping, repeats: int) -> dict:
-    """Microseconds a call of every repetition of each work, as graphs, taken in turn."""
+    """Microseconds of a call in every repetition of each work, as graphs, in turn."""
     graphs = {name: captured(work.run) for name, work in works.items()}
     turns = [{name: timed(run) for name, run in graphs.items()} for _ in range(repeats)]
     if HAS_GPU:
         torch.cuda.synchronize()
     us = lambda name: [turn[name]() * 1e6 / works[name].calls for turn in turns]
     return {name: us(name) for name in works}
-
-
-def medians(works: Mapping, repeats: int) -> dict:
-    """Median microseconds of one call of each work."""
-    taken = measure(works, repeats)
-    return {name: statistics.median(us) for name, us in taken.items()}
 
 
 def environment() -> str:
@@ -154,11 +137,6 @@ def environment() -> str:
     found = sorted(distributions(), key=lambda package: package.name)
     where += [f"{each.name} {each.version}" for each in found if each.name in PACKAGES]
     return "; ".join([*where, str(datetime.date.today())])
-
-
-def method(docstring: str) -> str:
-    """How a script measures: the second paragraph of its docstring."""
-    return docstring.split("\n\n")[1]
 
 
 def row(*cells: object) -> str:
@@ -176,11 +154,6 @@ def shape(text: str) -> Shape:
     if k % GROUP_SIZE:
         raise argparse.ArgumentTypeError(f"{text}: K is not a multiple of {GROUP_SIZE}")
     return n, k
-
-
-def parser(description: str) -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=raw)
 
 
 def rehearsable(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,8 +94,8 @@ def measured(n: int, k: int, m: int) -> dict[str, float]:
     operands = timing.rotated_operands(n, k, m)
     names = [name for name in FLASHINFER if not refusal(name, n, k)]
     works = {name: parts(name, operands)["linear"] for name in names}
-    us = timing.medians(works, 100 if timing.HAS_GPU else 3)
-    return {name: round(median, 3) for name, median in us.items()}
+    taken = timing.measure(works, 100 if timing.HAS_GPU else 3)
+    return {name: round(statistics.median(us), 3) for name, us in taken.items()}
 
 
 def tune(args: argparse.Namespace) -> Iterator[str]:
@@ -126,7 +127,8 @@ def logged_shapes(log: str) -> list[timing.Shape]:
 
 
 def main() -> None:
-    parser = timing.parser(__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--shapes", nargs="+", type=timing.shape, metavar="N,K", default=[])
     add("--log", type=Path, help="of a server: tune the shapes that it names")
