@@ -1,4 +1,4 @@
-"""How the scripts in this folder time kernels, and what they share.
+"""MXFP8 linears, and how the scripts in this folder time them.
 
 CUDA graphs of calls on operands in turn, so many that each is out of the L2 cache before
 its turn comes again; what is compared takes turns; medians. Without a GPU the same steps
@@ -13,10 +13,10 @@ import os
 import subprocess
 import sys
 import timeit
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.append(str(ROOT / "scripts"))
@@ -33,61 +33,77 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 if not HAS_GPU:  # as scripts/test.sh does, for sglang to be imported
     sys.path.insert(0, str(ROOT / "scripts" / "cpu_stand_ins"))
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+from sglang.srt.layers.quantization import fp8_utils
+from sglang.srt.layers.quantization.mxfp8 import routing, weight_only
 from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
 
 REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 PACKAGES = "torch", "triton", "flashinfer-python", "flashinfer_python"
 GROUP_SIZE = 32  # elements along K that share a scale
 DEFAULT_M = [2**i for i in range(14)]
+BF16, TRITON, WEIGHT_ONLY = "bf16 torch", "triton", "weight_only"
+FLASHINFER = (
+    "flashinfer_trtllm 128x4",
+    "flashinfer_trtllm 8x4",
+    "flashinfer_cutlass 128x4",
+)
 Shape = tuple[int, int]  # (N, K) of one rank's weight
-SHAPES = {  # as sglang fuses the linears
-    (6144, 4096): "Qwen3-8B qkv_proj, TP 1",
-    (24576, 4096): "Qwen3-8B gate_up_proj, TP 1",
-    (768, 4096): "Qwen3-8B qkv_proj, TP 8",
-    (3072, 4096): "Qwen3-8B gate_up_proj, TP 8",
-    (57344, 8192): "Llama-3-70B gate_up_proj, TP 1",
-    (8192, 28672): "Llama-3-70B down_proj, TP 1",
-    (1280, 8192): "Llama-3-70B qkv_proj, TP 8",
-    (8192, 3584): "Llama-3-70B down_proj, TP 8",
-}
 
 
-class Work(NamedTuple):
-    """`run` makes `calls` calls, each of which must move at least `bytes`."""
-
-    run: Callable[[], object]
-    calls: int = 1
-    bytes: int = 0
-
-
-def each(function: Callable, calls: Iterable[Sequence]) -> None:
-    for arguments in calls:
-        function(*arguments)
-
-
-def rotation(nbytes: int) -> int:
-    """How many operands of `nbytes` bytes, used in turn, never find themselves in L2."""
-    if not HAS_GPU:
-        return 2
-    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
-    return 1 + max(1, -(-2 * cache // nbytes))
+def refusal(name: str, n: int, k: int) -> str:
+    """Why `name` cannot compute a bf16 layer [N, K] here, or ""."""
+    if name == BF16:
+        return ""
+    backend, _, layout = name.partition(" ")
+    wanted = routing.Mxfp8LinearBackend(backend)
+    lacks = routing.mxfp8_kernels_missing(wanted)
+    if lacks and (HAS_GPU or not wanted.is_flashinfer()):
+        return f"it needs {lacks}"
+    # FlashInfer checks the weight's scale by the length of the 8x4 layout.
+    if layout == "8x4" and n % 128:
+        return f"N = {n} is not a multiple of 128 (8x4)"
+    options = routing.Mxfp8LinearOptions(wanted, available=(wanted,))
+    select = routing.select_mxfp8_linear_backend
+    choice = select(options, n, k, torch.bfloat16)
+    return "" if choice.backend == wanted else choice.reason
 
 
-def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
+def operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
     """Input bf16 [M, K], weight e4m3 [N, K], scale uint8 [N, K/32] with room behind it,
     for as many calls as keep them out of L2.
 
     Kernel forms are permutations, so random bytes are one, of every backend.
     """
-    groups = k // GROUP_SIZE
+    groups, count = k // GROUP_SIZE, 2
     room = swizzled_scale_numel(n, groups)
-    operands = []
-    for _ in range(rotation(n * k + room + 2 * m * k)):
+    if HAS_GPU:
+        cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+        count = 1 + max(1, -(-2 * cache // (n * k + room + 2 * m * k)))
+    made = []
+    for _ in range(count):
         input = torch.randn(m, k, dtype=torch.bfloat16, device=DEVICE)
         weight = torch.randn(n, k, device=DEVICE).to(torch.float8_e4m3fn)
         scale = torch.randint(117, 124, (room,), dtype=torch.uint8, device=DEVICE)
-        operands.append((input, weight, scale[: n * groups].view(n, groups)))
-    return operands
+        made.append((input, weight, scale[: n * groups].view(n, groups)))
+    return made
+
+
+def calls(name: str, operands: Sequence) -> list[Callable[[], torch.Tensor]]:
+    """The linear `name` of each of the operands, its kernels emulated in a rehearsal."""
+    if name == BF16:  # cuBLAS on a GPU
+        linear = torch.nn.functional.linear
+        operands = [(input, weight.bfloat16()) for input, weight, _ in operands]
+    elif name == WEIGHT_ONLY:
+        max_m = weight_only.max_m_fused(*operands[0][1].shape)
+        linear = partial(weight_only.weight_only_linear, max_m_fused=max_m)
+    elif name == TRITON:
+        options = dict(input_scale=None, out_dtype=torch.bfloat16)
+        linear = partial(fp8_utils.triton_mxfp8_linear, **options)
+    else:
+        backend, layout = name.removeprefix("flashinfer_").split()
+        options = dict(backend=backend, max_m_8x4=sys.maxsize if layout == "8x4" else 0)
+        linear = partial(fp8_utils.flashinfer_mxfp8_blockscaled_linear, **options)
+    return [partial(linear, *each) for each in operands]
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -117,13 +133,16 @@ def timed(run: Callable[[], object]) -> Callable[[], float]:
     return lambda: start.elapsed_time(end) / 1e3
 
 
-def measure(works: Mapping, repeats: int) -> dict:
+def measure(works: Mapping[str, Sequence[Callable]], repeats: int) -> dict:
     """Microseconds of a call in every repetition of each work, as graphs, in turn."""
-    graphs = {name: captured(work.run) for name, work in works.items()}
+    graphs = {
+        name: captured(lambda calls=calls: [call() for call in calls])
+        for name, calls in works.items()
+    }
     turns = [{name: timed(run) for name, run in graphs.items()} for _ in range(repeats)]
     if HAS_GPU:
         torch.cuda.synchronize()
-    us = lambda name: [turn[name]() * 1e6 / works[name].calls for turn in turns]
+    us = lambda name: [turn[name]() * 1e6 / len(works[name]) for turn in turns]
     return {name: us(name) for name in works}
 
 
@@ -156,7 +175,7 @@ def shape(text: str) -> Shape:
     return n, k
 
 
-def rehearsable(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, and --rehearse, which is for machines without a GPU only."""
     parser.add_argument("--rehearse", action="store_true", help="emulate, on the CPU")
     args = parser.parse_args()

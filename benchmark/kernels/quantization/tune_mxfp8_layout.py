@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import mxfp8_timing as timing
-from bench_mxfp8_linear import FLASHINFER, parts, refusal
+from mxfp8_timing import FLASHINFER, refusal
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8 import scale_layout
@@ -91,9 +91,9 @@ def write_table(path: Path, table: dict) -> None:
 
 def measured(n: int, k: int, m: int) -> dict[str, float]:
     """Median microseconds of one linear by candidate, the L2 cache cold."""
-    operands = timing.rotated_operands(n, k, m)
+    operands = timing.operands(n, k, m)
     names = [name for name in FLASHINFER if not refusal(name, n, k)]
-    works = {name: parts(name, operands)["linear"] for name in names}
+    works = {name: timing.calls(name, operands) for name in names}
     taken = timing.measure(works, 100 if timing.HAS_GPU else 3)
     return {name: round(statistics.median(us), 3) for name, us in taken.items()}
 
@@ -135,7 +135,7 @@ def main() -> None:
     add("--m", nargs="+", type=int, metavar="M", default=timing.DEFAULT_M)
     add("--output", type=Path, help="directory (default: where the server looks)")
     add("--backend-at", nargs="+", type=int, metavar="M", default=[])
-    args = timing.rehearsable(parser)
+    args = timing.parse_arguments(parser)
     if args.rehearse and args.output is None:
         parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
