@@ -97,8 +97,8 @@ def calls(name: str, operands: Sequence) -> list[Callable[[], torch.Tensor]]:
         max_m = weight_only.max_m_fused(*operands[0][1].shape)
         linear = partial(weight_only.weight_only_linear, max_m_fused=max_m)
     elif name == TRITON:
-        options = dict(input_scale=None, out_dtype=torch.bfloat16)
-        linear = partial(fp8_utils.triton_mxfp8_linear, **options)
+        triton, rest = fp8_utils.triton_mxfp8_linear, (None, torch.bfloat16)
+        linear = lambda *each: triton(*each, *rest)
     else:
         backend, layout = name.removeprefix("flashinfer_").split()
         options = dict(backend=backend, max_m_8x4=sys.maxsize if layout == "8x4" else 0)
