@@ -108,13 +108,16 @@ def start_server(
     return subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
 
-def stop(server: subprocess.Popen) -> None:
+def stop(leader: subprocess.Popen) -> None:
+    """End all processes of a group, also when this is interrupted."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(server.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
+        try:
+            os.killpg(leader.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                leader.wait(20)
+        finally:
+            os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
 
 
 def http(url: str, data: dict | None = None) -> bytes:
