@@ -1,6 +1,7 @@
-"""scripts/setup.sh and env.sh: what is installed once; and the --help of all scripts."""
+"""scripts/setup.sh: what is installed once; and the --help of all scripts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,59 +12,52 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHELL = ["setup.sh", "test.sh", "serve.sh"]
 HELPFUL = [f.name for f in SCRIPTS.glob("*.py") if f.read_text().startswith("#!")]
-# Each call of install_once writes a line.
-SCRIPT = f"""set -euo pipefail
-source {SCRIPTS}/env.sh
-ROOT=$1 VENV=$1/.venv
-cd "$1"
-ensure_uv() {{ :; }}
-ensure_venv() {{ :; }}
-work() {{
-    echo "begin $1 $reinstall" >>calls
-    sleep 1
-    # As setup.sh starts patchset, which makes sure of its tools.
-    bash -c 'source {SCRIPTS}/env.sh; ROOT=$0; locked true' "$ROOT"
-}}
-install_once name "$2" work "$2"
-"""
+# A tree with an environment and made-up tools, which write a line for each call.
+FILES = {
+    "upstream.toml": 'version = "1.0"\n',
+    "requirements/lock.txt": "a==1\n",
+    "python/a.py": "",
+    "scripts/overlay/a.py": "",
+    "scripts/patchset": "#!/bin/sh\necho wheel >>calls\ntouch dist/sglang-1.0+1.whl\n",
+    ".venv/bin/python": "#!/bin/sh\n",
+    "bin/uv": "#!/bin/sh\nshift 4\necho $* >>calls\nsleep 0.5\n",
+    "dist/x": "",
+}
 
 
 @pytest.fixture
 def start(tmp_path):
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.touch(0o755)
-
-    def start(want: str) -> subprocess.Popen:
-        command = ["bash", "-c", SCRIPT, "-", tmp_path, want]
-        return subprocess.Popen(command, start_new_session=True)
-
-    return start
-
-
-def calls(folder: Path) -> list[str]:
-    return [line.strip() for line in (folder / "calls").read_text().splitlines()]
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(SCRIPTS / "setup.sh", tmp_path / "scripts")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment.pop("MXFP8_RELEASE", None)
+    options = dict(cwd=tmp_path, env=environment, start_new_session=True)
+    return lambda: subprocess.Popen(["./scripts/setup.sh"], **options)
 
 
 def test_what_is_installed_is_not_installed_again(start, tmp_path):
-    both = [start("1"), start("1")]  # at once
+    both = [start(), start()]  # at once
     assert [process.wait() for process in both] == [0, 0]
-    assert [start(want).wait() for want in ("1", "2", "2", "1")] == [0] * 4
-    assert calls(tmp_path) == ["begin 1", "begin 2", "begin 1"]
-    # Unless its Python is gone.
-    (tmp_path / ".venv" / "bin" / "python").unlink()
-    assert start("1").wait() == 0
-    assert len(calls(tmp_path)) == 4
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4 and calls.count("wheel") == 1, calls
+    assert start().wait() == 0
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+    (tmp_path / "python" / "a.py").write_text("changed")
+    assert start().wait() == 0
+    assert (tmp_path / "calls").read_text().splitlines() == 2 * calls
 
 
 def test_what_did_not_end_is_installed_in_full(start, tmp_path):
-    first = start("1")
-    while not (tmp_path / "calls").exists():
+    first, calls = start(), tmp_path / "calls"
+    while not calls.exists() or "lock.txt" not in calls.read_text():
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() == -9
-    assert [start("1").wait(), start("1").wait()] == [0, 0]
-    assert calls(tmp_path) == ["begin 1", "begin 1 --reinstall"]
+    assert [start().wait(), start().wait()] == [0, 0]
+    assert calls.read_text().count("--no-deps --reinstall -r ") == 1
 
 
 @pytest.mark.parametrize("name", [*SHELL, *sorted(HELPFUL)])
