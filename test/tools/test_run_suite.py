@@ -62,15 +62,19 @@ def test_what_counts_as_failed(run, capsys, text, message):
         ("--suite skips", 2, "0 passed, 0 failed, 1 skipped"),
         ("--suite nope", 2, "no file for cpu nope; suites: default, skips"),
         ("ROOT/test_cuda.py", 2, "not registered for this suite: ROOT/test_cuda.py"),
-        ("--registered-files", 0, "ROOT/test_cuda.py\n"),
         ("--total ROOT/none.xml", 1, "none.xml: no test ran"),
     ],
 )
 def test_what_runs(run, tmp_path, capsys, arguments, status, message):
     skipped = ("raise unittest.SkipTest('not here')", SKIPS)
     files = {"test_a.py": (CPU,), "deep/test_a.py": (CPU,), "test_cuda.py": (CUDA,)}
-    files |= {"test_skips.py": skipped, "test_not_registered.py": ()}
+    files |= {"test_skips.py": skipped}
     root = f"{tmp_path}/registered"
     assert run(files, *arguments.replace("ROOT", root).split()) == status
     told = "".join(capsys.readouterr()).replace(root, "ROOT")
-    assert message in told and "not_registered" not in told
+    assert message in told
+
+
+def test_a_file_that_is_not_registered_is_refused(run, capsys):
+    assert run({"test_a.py": (CPU,), "test_b.py": ()}) == 2
+    assert "No CI registry found in " in capsys.readouterr().err
