@@ -4,12 +4,14 @@
 Times quantization plus GEMM with 8x4 scales, with 128x4 scales and on cutlass, and writes
 the table that the server reads at start (scale_layout.tuned_layers). Every measured shape
 is written at once: a run that is cut off keeps what it has. --log takes the shapes from
-the line "MXFP8 linear layers: ..." of a server's log. Needs an SM100 or SM103 GPU
-and .venv (./scripts/setup.sh); --rehearse runs the same steps without a GPU and measures
-nothing of use.
+the line "MXFP8 linear layers: ..." of a server's log. --compare writes no table: it times
+every MXFP8 linear that runs on the GPU, and bf16's. Needs .venv (./scripts/setup.sh) and an
+SM100 or SM103 GPU, for --compare SM80 or later; --rehearse runs the same steps without a
+GPU and measures nothing of use.
 
     ./benchmark/kernels/quantization/tune_mxfp8_layout.py --log SERVER_LOG
     ./benchmark/kernels/quantization/tune_mxfp8_layout.py --shapes 2560,8192 8192,4096
+    ./benchmark/kernels/quantization/tune_mxfp8_layout.py --shapes 4096,12288 --compare
     ./benchmark/kernels/quantization/tune_mxfp8_layout.py --shapes 256,512 --m 1 16 \\
         --rehearse --output DIR
 """
@@ -31,6 +33,7 @@ from sglang.srt.layers.quantization.mxfp8 import scale_layout
 from sglang.srt.utils import get_device_name
 
 OLD, NEW, CUTLASS = FLASHINFER  # trtllm 128x4, trtllm 8x4, cutlass
+NAMES = timing.BF16, timing.WEIGHT_ONLY, *FLASHINFER, timing.TRITON
 Medians = Mapping[int, Mapping[str, float]]  # microseconds by M and candidate
 
 
@@ -89,10 +92,10 @@ def write_table(path: Path, table: dict) -> None:
     temporary.replace(path)
 
 
-def measured(n: int, k: int, m: int) -> dict[str, float]:
+def measured(names: Sequence[str], n: int, k: int, m: int) -> dict[str, float]:
     """Median microseconds of one linear by candidate, the L2 cache cold."""
     operands = timing.operands(n, k, m)
-    names = [name for name in FLASHINFER if not refusal(name, n, k)]
+    names = [name for name in names if not refusal(name, n, k)]
     works = {name: timing.calls(name, operands) for name in names}
     taken = timing.measure(works, 100 if timing.HAS_GPU else 3)
     return {name: round(statistics.median(us), 3) for name, us in taken.items()}
@@ -109,7 +112,7 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
     for n, k in args.shapes:
         us = {}
         for m in sorted({*args.m, *args.backend_at}):
-            us[m] = measured(n, k, m)
+            us[m] = measured(FLASHINFER, n, k, m)
             yield timing.row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in FLASHINFER))
         key = f"N={n},K={k}"
         table["layers"][key] = tuned_entry(us, args.backend_at)
@@ -117,6 +120,19 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
         write_table(path, table)
         yield timing.row(f"{n} x {k}", "table", table["layers"][key], "", "")
     yield f"\nWrote {path}"
+
+
+def compare(args: argparse.Namespace) -> Iterator[str]:
+    """The medians of all linears, and why some cannot run."""
+    yield f"Median us of one linear, quantization included.\n\n{timing.environment()}\n"
+    yield timing.head("N x K", "M", *NAMES)
+    for n, k in args.shapes:
+        for m in sorted({*args.m}):
+            us = measured(NAMES, n, k, m)
+            yield timing.row(f"{n} x {k}", m, *(us.get(name, "-") for name in NAMES))
+    for n, k in args.shapes:
+        refused = {name: refusal(name, n, k) for name in NAMES}
+        yield from (f"- {name} [{n}, {k}]: {y}" for name, y in refused.items() if y)
 
 
 def logged_shapes(log: str) -> list[timing.Shape]:
@@ -135,11 +151,16 @@ def main() -> None:
     add("--m", nargs="+", type=int, metavar="M", default=timing.DEFAULT_M)
     add("--output", type=Path, help="directory (default: where the server looks)")
     add("--backend-at", nargs="+", type=int, metavar="M", default=[])
+    add("--compare", action="store_true", help="time all linears, write no table")
     args = timing.parse_arguments(parser)
-    if args.rehearse and args.output is None:
-        parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
+    if args.compare:
+        for line in compare(args):
+            print(line, flush=True)
+        return
+    if args.rehearse and args.output is None:
+        parser.error("--rehearse needs --output: no server should find its table")
     refused = {shape: why for shape in args.shapes if (why := refusal(OLD, *shape))}
     args.shapes = [shape for shape in args.shapes if shape not in refused]
     for (n, k), why in refused.items():
