@@ -153,15 +153,12 @@ def main() -> None:
     add("--backend-at", nargs="+", type=int, metavar="M", default=[])
     add("--compare", action="store_true", help="time all linears, write no table")
     args = timing.parse_arguments(parser)
+    if args.rehearse and not (args.compare or args.output):
+        parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
-    if args.compare:
-        for line in compare(args):
-            print(line, flush=True)
-        return
-    if args.rehearse and args.output is None:
-        parser.error("--rehearse needs --output: no server should find its table")
-    refused = {shape: why for shape in args.shapes if (why := refusal(OLD, *shape))}
+    shapes = [] if args.compare else args.shapes
+    refused = {shape: why for shape in shapes if (why := refusal(OLD, *shape))}
     args.shapes = [shape for shape in args.shapes if shape not in refused]
     for (n, k), why in refused.items():
         print(f"Left out {n},{k}: {why}", file=sys.stderr)
@@ -169,7 +166,7 @@ def main() -> None:
         parser.error("no layer for flashinfer_trtllm: give --shapes, or --log")
     folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or scale_layout.CONFIG_DIR
     args.output = args.output or Path(folder)
-    for line in tune(args):
+    for line in (compare if args.compare else tune)(args):
         print(line, flush=True)
 
 
