@@ -26,7 +26,6 @@ sys.path.append(str(ROOT / "test"))
 from run_suite import run_process
 
 TIMEOUT_S = 600  # of one run
-TESTS = ROOT / "test" / "registered"
 PYTEST = "-m pytest -x -rf -p no:cacheprovider".split()
 SETTINGS = {
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -36,35 +35,22 @@ SETTINGS = {
 }
 
 
-def misfit(package: Path, mutation: dict) -> str:
-    """Why the mutation cannot be applied, or ""."""
-    file = package / mutation["file"]
-    if not file.exists():
-        return f"there is no {mutation['file']}"
-    found = file.read_text().count(mutation["find"])
-    return "" if found == 1 else f"its text is {found} times in {file.name}, not once"
-
-
-def copy_package(package: Path, target: Path, mutation: dict | None) -> None:
-    """Copy `package` into `target` by links, but for the file that is mutated."""
-    shutil.copytree(package, target / package.name, copy_function=os.symlink)
-    if mutation:
-        file = target / package.name / mutation["file"]
-        text = file.read_text().replace(mutation["find"], mutation["replace"])
-        file.unlink()
-        file.write_text(text)
-        for bytecode in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-            bytecode.unlink()
-
-
-def run_tests(package: Path, mutation: dict | None, tests: list) -> str:
-    """ "survived", "killed by" the test that failed, or what else went wrong."""
+def run_tests(package: Path, tests: list[str], changed: dict[str, str]) -> str:
+    """ "survived", "killed by" the test that failed, or what else went wrong, with a copy
+    of the package (links) in which some files have another text."""
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder:
-        copy_package(package, Path(folder), mutation)
+        copy, log = Path(folder, package.name), Path(folder, "log")
+        shutil.copytree(package, copy, copy_function=os.symlink)
+        for name, text in changed.items():
+            file = copy / name
+            for old in (file, *file.parent.glob(f"__pycache__/{file.stem}.*")):
+                old.unlink()
+            file.write_text(text)
         path = os.pathsep.join([folder, str(ROOT / "scripts" / "cpu_stand_ins")])
         environment = {**os.environ, **SETTINGS, "PYTHONPATH": path}
-        command, log = [sys.executable, *PYTEST, *tests], Path(folder, "log")
-        status = run_process(command, log, TIMEOUT_S, cwd=TESTS, env=environment)
+        options = dict(cwd=ROOT / "test" / "registered", env=environment)
+        command = [sys.executable, *PYTEST, *tests]
+        status = run_process(command, log, TIMEOUT_S, **options)
         told = log.read_text()
     failed = re.search(r"(?m)^(?:SUB)?FAILED.* \S*::(\S+)", told)
     if status == 1 and failed:
@@ -72,26 +58,6 @@ def run_tests(package: Path, mutation: dict | None, tests: list) -> str:
     if status == 0 and re.search(r"\d passed", told):
         return "survived"
     return f"pytest ended with {status}: {told[-800:]}"
-
-
-def check(package: Path, mutations: dict[str, dict]) -> bool:
-    """Print a row of a Markdown table for each mutation; whether all were killed."""
-    tested = {
-        str(mutation["tests"]): mutation["tests"] for mutation in mutations.values()
-    }
-    verdicts = [run_tests(package, None, tests) for tests in tested.values()]
-    for tests, verdict in zip(tested, verdicts):
-        print(f"| unmutated {tests} | {verdict} |", flush=True)
-    if set(verdicts) != {"survived"}:
-        return False
-    are_killed = []
-    for name, mutation in mutations.items():
-        verdict = misfit(package, mutation)
-        verdict = verdict or run_tests(package, mutation, mutation["tests"])
-        cells = name, mutation["breaks"], mutation["file"], verdict
-        print(f"| {' | '.join(cells)} |", flush=True)
-        are_killed.append(verdict.startswith("killed by"))
-    return all(are_killed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,12 +68,25 @@ def main(argv: list[str] | None = None) -> int:
     mutations = tomllib.loads((ROOT / "test" / "mutations.toml").read_text())
     mutations = {name: mutations[name] for name in args.names or mutations}
     package = Path(importlib.util.find_spec("sglang").origin).parent
-    if not args.fit:
-        return 0 if check(package, mutations) else 1
-    misfits = {name: misfit(package, mutation) for name, mutation in mutations.items()}
-    gone = [f"{name}: {why}" for name, why in misfits.items() if why]
+    texts = {m["file"]: (package / m["file"]).read_text() for m in mutations.values()}
+    found = {n: texts[m["file"]].count(m["find"]) for n, m in mutations.items()}
+    gone = [f"{n}: its text is there {c} times" for n, c in found.items() if c != 1]
     print("\n".join([*gone, f"{len(gone)} of {len(mutations)} do not fit"]))
-    return 1 if gone else 0
+    if gone or args.fit:
+        return 1 if gone else 0
+    verdicts = []
+    for tests in {tuple(m["tests"]) for m in mutations.values()}:
+        verdicts.append(run_tests(package, tests, {}))
+        print(f"| unmutated {' '.join(tests)} | {verdicts[-1]} |", flush=True)
+    if set(verdicts) != {"survived"}:
+        return 1
+    verdicts = []
+    for name, m in mutations.items():
+        text = texts[m["file"]].replace(m["find"], m["replace"])
+        verdicts.append(run_tests(package, m["tests"], {m["file"]: text}))
+        cells = name, m["breaks"], m["file"], verdicts[-1]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    return 0 if all(each.startswith("killed by") for each in verdicts) else 1
 
 
 if __name__ == "__main__":
