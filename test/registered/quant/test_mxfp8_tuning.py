@@ -139,7 +139,7 @@ class TestTable(CustomTestCase):
                 self.assertEqual(self.path.with_suffix(".json.old").read_text(), text)
 
 
-@unittest.skipIf(tune.timing.HAS_GPU, "the rehearsal is for a CPU")
+@unittest.skipIf(tune.HAS_GPU, "the rehearsal is for a CPU")
 class TestCommandLine(CustomTestCase):
     def run_script(self, *arguments):
         command = [SCRIPT, *map(str, arguments)]
