@@ -89,7 +89,7 @@ def refusal(name: str, n: int, k: int) -> str:
     return "" if choice.backend == wanted else choice.reason
 
 
-def operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
+def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
     """Input bf16 [M, K], weight e4m3 [N, K], scale uint8 [N, K/32] with room behind it,
     for as many calls as keep them out of L2.
 
@@ -253,7 +253,7 @@ def write_table(path: Path, table: dict) -> None:
 
 def measured(names: Sequence[str], n: int, k: int, m: int) -> dict[str, float]:
     """Median microseconds of one linear by candidate, the L2 cache cold."""
-    operands = operands(n, k, m)
+    operands = rotated_operands(n, k, m)
     names = [name for name in names if not refusal(name, n, k)]
     works = {name: calls(name, operands) for name in names}
     taken = measure(works, 100 if HAS_GPU else 3)
