@@ -265,8 +265,8 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
     device = get_device_name() or "cpu"
     path = args.output / scale_layout.config_file(device)
     table = read_table(path, args.rehearse, device, scale_layout.flashinfer_version())
-    environment = environment()
-    yield f"Median us of one linear, quantization included.\n\n{environment}\n"
+    here = environment()
+    yield f"Median us of one linear, quantization included.\n\n{here}\n"
     yield head("N x K", "M", *FLASHINFER)
     for n, k in args.shapes:
         us = {}
@@ -275,7 +275,7 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
             yield row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in FLASHINFER))
         key = f"N={n},K={k}"
         table["layers"][key] = tuned_entry(us, args.backend_at)
-        table["measured"][key] = {"environment": environment, "median_us": us}
+        table["measured"][key] = {"environment": here, "median_us": us}
         write_table(path, table)
         yield row(f"{n} x {k}", "table", table["layers"][key], "", "")
     yield f"\nWrote {path}"
