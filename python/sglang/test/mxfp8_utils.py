@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import unittest
 from random import Random
 from types import SimpleNamespace
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -47,7 +48,7 @@ from sglang.test.test_utils import (
 
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
-    if sglang.__version__.startswith("0.5.9"):
+    if is_release("0.5.9"):
         init_parallel_state(rank=0, size=1, port=0)
     else:
         from sglang.test.layer_ut_utils import init_single_process_dist
@@ -114,6 +115,15 @@ def for_random(times: int, **choices: Sequence) -> Callable:
         return run
 
     return decorate
+
+
+def is_release(version: str) -> bool:
+    return sglang.__version__.partition("+")[0] == version
+
+
+def only_on(version: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
