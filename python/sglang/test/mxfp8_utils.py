@@ -589,6 +589,7 @@ class CpuServer:
         return torch.tensor([token[0] for token in tokens[1:]])
 
     def update_from_disk(self, path: str) -> dict:
+        self._wait_until_idle()
         return self.post("/update_weights_from_disk", model_path=path)
 
     def update_from_tensor(self, tensors, load_format: Optional[str] = None) -> dict:
@@ -604,6 +605,15 @@ class CpuServer:
         if is_release("0.5.9"):
             yield
         else:
+            self._wait_until_idle()
             assert self.post("/begin_weight_update")["success"]
             yield
             assert self.post("/end_weight_update")["success"]
+
+    def _wait_until_idle(self) -> None:
+        """After 0.5.9 an update fails beside a request that has just been answered."""
+        for _ in range(200):
+            flushed = is_release("0.5.9") or requests.post(f"{self.url}/flush_cache")
+            if flushed:
+                return
+            time.sleep(0.05)
