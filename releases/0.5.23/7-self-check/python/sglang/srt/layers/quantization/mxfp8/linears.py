@@ -2,6 +2,7 @@
 these names.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Iterator, List, Tuple
@@ -12,6 +13,7 @@ from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import (
     Mxfp8DenseGemmBackend,
     get_fp8_gemm_runner_backend,
+    initialize_fp8_gemm_config,
     mxfp8_dense_gemm_fallbacks,
     mxfp8_linear_of,
     trtllm_mxfp8_linear,
@@ -25,7 +27,7 @@ from sglang.srt.layers.quantization.mxfp8.layout import (
 )
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
-from sglang.srt.runtime_context import get_exec, get_parallel
+from sglang.srt.runtime_context import SpawnRanks, get_exec, get_parallel, publish
 
 WITH_ANOTHER_BACKEND = "with another --fp8-gemm-backend"
 
@@ -160,14 +162,14 @@ def choice_after(linear: Linear, dtype: torch.dtype, reason: str) -> Choice:
 
 
 def use(linear: Linear, choice: Choice) -> None:
-    """Serve on another backend, or without 8x4. No backend that another one can replace
-    rearranges the weight: trtllm serves where the flag names it, and nowhere else."""
+    """Serve on another backend from now on, or without 8x4."""
     method = linear.method
     if choice.backend.is_flashinfer_trtllm():
         method.w8a8_mxfp8_linear = partial(
             trtllm_mxfp8_linear, max_m_8x4=choice.max_m_8x4
         )
         return
+    method.restore_weights_before_loading(linear.layer)
     method.mxfp8_dense_backend = choice.backend
     method.w8a8_mxfp8_linear = mxfp8_linear_of(choice.backend)
     method.process_weights_after_loading(linear.layer)
@@ -182,3 +184,43 @@ def from_every_rank(value: Any) -> List[Any]:
     values = [None] * group.world_size
     torch.distributed.all_gather_object(values, value, group=group.cpu_group)
     return values
+
+
+def linears_on_meta(path: str, tp: int, flag: str) -> List[Linear]:
+    """The linears of the model at `path`, as one of `tp` ranks builds them."""
+    # A model is more than this module may know of; only the command builds one.
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.distributed import parallel_state
+    from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
+    from sglang.srt.model_loader import loader
+    from sglang.srt.server_args import ServerArgs
+
+    options = dict(fp8_gemm_runner_backend=flag, skip_tokenizer_init=True)
+    arguments = ServerArgs(model_path=path, **options)
+    config = ModelConfig.from_server_args(arguments)
+    if config.quantization is None:
+        arguments = ServerArgs(model_path=path, quantization="mxfp8", **options)
+        config = ModelConfig.from_server_args(arguments)
+    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0))
+    initialize_fp8_gemm_config()
+    parallel_state.init_distributed_environment(
+        backend="gloo",
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method="tcp://127.0.0.1:0",
+    )
+    parallel_state.initialize_model_parallel(backend="gloo")
+    # Nothing is sent, so one process can stand for any rank.
+    group = copy.copy(get_parallel().tp_group)
+    group.world_size = tp
+    parts = "tp", "attn_tp", "moe_tp"
+    widths = {f"{part}_size": tp for part in parts}
+    load_config = LoadConfig()
+    quant_config = loader._get_quantization_config(config, load_config)
+    with get_parallel().override(**widths, **{f"{p}_group": group for p in parts}):
+        model = build_on_meta(
+            loader._initialize_model, config, load_config, quant_config
+        )
+    return linears_of(model)
