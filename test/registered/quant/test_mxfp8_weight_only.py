@@ -171,7 +171,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
         self.interpret("""
             parts = set()
             kernel._multiprocessors = lambda device: (40, 1 << 20)
-            for kernel.SMALL, kernel.LARGE in ((1 << 24, 1 << 25), (0, 1 << 25), (0, 0)):
+            small, large = kernel.SMALL_TILINGS, kernel.LARGE
+            for kernel.SMALL_TILINGS, kernel.LARGE in ((small, large), ({}, large), ({}, 0)):
                 for m, n, k in (
                     (1, 1, 32), (1, 9, 544), (1, 5, 3072), (3, 9, 544),
                     (6, 33, 160), (16, 40, 4096), (17, 65, 96), (33, 100, 2016),
@@ -234,7 +235,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                     found = [compiled(kernel._sum_kernel, arch, dtype, 4, **tile)]
                     tile = {"BN": 16, "BK": 256, **decode}
                     found.append(compiled(kernel._decode_kernel, arch, dtype, 4, **tile))
-                    tilings = [*kernel.TILINGS.values(), *kernel.SMALL_TILINGS.values()]
+                    tilings = [*kernel.TILINGS.values()]
+                    tilings += [each for _, each in kernel.SMALL_TILINGS.values()]
                     has_room = arch in (80, 90, 100)
                     tilings += [kernel.LARGE_TILING] * has_room
                     for each in tilings if dtype == "bf16" else tilings[:1]:

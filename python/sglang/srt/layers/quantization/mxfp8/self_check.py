@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Rows of input at which a tile of some kernel begins or ends.
 TILE_ROWS = (1, 128, 129, 160)
-ROWS_AT_A_TIME = 128  # of input, in the reference: as many take little memory
+INPUT_BYTES = 96 << 20  # of input in fp64 with its absolute values, at a time
 LARGEST_SCALE = 230  # a byte: weights of it, times 2^12 inputs of 2^12, are in fp32
 FP32_ROUNDING = 2.0**-24
 FP16_SUBNORMAL_ROUNDING = 2.0**-25
@@ -211,12 +211,14 @@ def _run(kernel: Kernel, weights: Linear, x: torch.Tensor, result: Result):
 def _error(kernel, weights, x: torch.Tensor, output) -> torch.Tensor:
     """The largest error of x @ w^T, in units of its bound, as a scalar on the device."""
     worst = torch.zeros((), dtype=torch.float64, device=x.device)
+    step = max(1, INPUT_BYTES // (16 * kernel.k))
     for rows, weight, scale in weights.checkpoint_slabs() if output is not None else ():
         weight = dequantize(weight, scale).double()
-        for m in range(0, len(x), ROWS_AT_A_TIME):
-            part = slice(m, m + ROWS_AT_A_TIME)
+        magnitude = weight.abs()
+        for m in range(0, len(x), step):
+            part = slice(m, m + step)
             found = output[part, rows]
-            expected, bound = _expect(kernel, x[part].double(), weight)
+            expected, bound = _expect(kernel, x[part].double(), weight, magnitude)
             error = (found.double() - expected).abs() / bound
             # Of zeros the bound is zero, and beyond the dtype's range is infinity.
             error.masked_fill_(found == expected.to(found.dtype), 0)
@@ -234,16 +236,17 @@ def _device() -> torch.device:
 
 
 def _expect(
-    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor
+    kernel: Kernel, x: torch.Tensor, weight: torch.Tensor, magnitude: torch.Tensor
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Of [M, K] and [N, K] in fp64: the product, and how far one may be off."""
+    """Of [M, K], [N, K] and its absolute values, in fp64: the product, and how far one
+    may be off."""
     expected = x @ weight.t()
     # Just below a power of two, the next number of the dtype is a step of the next size.
     eps = torch.finfo(kernel.dtype).eps
     exponent = torch.frexp(expected * (1 + eps)).exponent - 1
     step = torch.ldexp(torch.full_like(expected, eps), exponent)
     step = step.masked_fill(expected == 0, 0)
-    sums = x.abs() @ weight.abs().t()
+    sums = x.abs() @ magnitude.t()
     bound = 2 * step + 8 * kernel.k**0.5 * FP32_ROUNDING * sums
     if kernel.choice.backend.is_weight_only() and kernel.dtype == torch.float16:
         bound += FP16_SUBNORMAL_ROUNDING * x.abs().sum(1, keepdim=True)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 GROUP = tl.constexpr(32)  # elements along K that share a scale
 MAX_PARTS = 6
+LEAST_K = 768  # of a part, whose sums go through memory
 STREAMS = 16  # that can run split products at a time without a launch to zero counters
 COUNTERS = 4096  # tiles that can be split along K in one launch
 
@@ -316,14 +317,13 @@ TILINGS = {
     64: Tiling(64, 64, 128, True, 4, 3, 3),
     128: Tiling(128, 64, 64, True, 4, 3, 3),
 }
-SMALL, LARGE = 16 << 20, 32 << 20  # codes; weights of fewer, and more, have others
-SMALL_TILINGS = {
-    16: Tiling(16, 32, 256, False, 4, 3, 3),
-    32: Tiling(32, 32, 128, False, 4, 3, 4),
-    64: Tiling(64, 32, 128, False, 4, 3, 3),
-    128: Tiling(64, 64, 128, True, 4, 3, 3),
+SMALL_TILINGS = {  # of weights of fewer codes than this
+    32: (32 << 20, Tiling(32, 64, 128, False, 4, 3, 3)),
+    64: (16 << 20, Tiling(64, 32, 128, False, 4, 3, 3)),
+    128: (16 << 20, Tiling(64, 64, 128, True, 4, 3, 3)),
 }
-LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)  # above M = 128
+LARGE = 32 << 20  # codes; such weights have one more, above M = 128
+LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)
 LARGE_SHARED = 160 << 10  # bytes of shared memory for it, which not all GPUs have
 
 
@@ -331,16 +331,15 @@ def tiling_and_parts(
     m: int, n: int, k: int, multiprocessors: int, shared: int
 ) -> Tuple[Tiling, int]:
     """The tiling of a product, and into how many parts its K is split."""
-    tilings = SMALL_TILINGS if n * k < SMALL else TILINGS
-    tiling = next((tilings[limit] for limit in tilings if m <= limit), tilings[128])
+    limit = next((limit for limit in TILINGS if m <= limit), 128)
+    codes, small = SMALL_TILINGS.get(limit, (0, None))
+    tiling = small if n * k < codes else TILINGS[limit]
     if m > 128 and n * k >= LARGE and shared >= LARGE_SHARED:
         tiling = LARGE_TILING
     tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
-    # The sums of a part go through memory, which a few hundred columns of K must pay.
-    least = 512 if 2 * tiles < multiprocessors else 1024
     # A left weight takes so many registers that no more programs run at a time.
     most = tiling.programs * (1 if tiling.weight_left else 1.5)
-    most = min(int(most * multiprocessors / tiles), k // least, MAX_PARTS)
+    most = min(int(most * multiprocessors / tiles), k // LEAST_K, MAX_PARTS)
 
     def fit(parts: int) -> Tuple[float, float]:
         """How evenly the multiprocessors are loaded, and how near to the best load."""

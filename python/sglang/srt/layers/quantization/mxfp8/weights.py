@@ -238,13 +238,13 @@ class Mxfp8LinearWeights:
     def checkpoint_slabs(self) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
         """Rows, and the weight and scale that a checkpoint has for them, from either form.
 
-        Copies of so many rows that their arithmetic in fp64 takes about 64 MiB.
+        Of so many rows that they and their absolute values in fp64 take about 64 MiB.
         """
         weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
         (n, k), groups = weight.shape, scale.shape[1]
         moved = self.form == Form.KERNEL and self.backend.is_flashinfer()
         shuffled = moved and self.backend.is_flashinfer_trtllm()
-        step = max(1, MAX_TEMPORARY_BYTES // (32 * 128 * k)) * 128
+        step = max(1, MAX_TEMPORARY_BYTES // (16 * 128 * k)) * 128
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             part, part_scale = weight[rows], scale[rows]
