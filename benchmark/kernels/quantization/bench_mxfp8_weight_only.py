@@ -19,6 +19,7 @@ import tune_mxfp8_layout as timing  # starts this again in .venv
 
 # isort: split
 import torch
+
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize
 from sglang.srt.layers.quantization.mxfp8.weight_only import (
     max_m_fused,

@@ -34,9 +34,8 @@ def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
 
     offloader, before = get_offloader(), torch.get_default_dtype()
-    cache = get_rope.__globals__[
-        "_ROPE_DICT"
-    ]  # in whichever module this release has it
+    # Releases have it in different modules, all in that of get_rope.
+    cache = get_rope.__globals__["_ROPE_DICT"]
     ropes = dict(cache)  # a real model must not find those of one on meta
     set_offloader(NoopOffloader())
     try:
