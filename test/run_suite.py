@@ -11,7 +11,7 @@ exit status:
   0    no test failed and at least one ran (a skipped one did not)
   1    a test or a file failed; with --total, also a part in which no test ran
   2    nothing to run (no such suite, no such file, all disabled), nothing that ran (all
-       skipped), or wrong arguments
+       skipped), a file that is not registered, or wrong arguments
   128+ the number of the signal that interrupted the run, which ends by that signal
 """
 
@@ -134,11 +134,7 @@ def run_file(file: str, args: argparse.Namespace) -> Counter:
 
 def run_suite(args: argparse.Namespace) -> int:
     tests = sorted(map(str, args.root.rglob("test_*.py")))
-    found = collect_tests(tests, sanity_check=False)
-    if args.registered_files:
-        print("\n".join(sorted({registry.filename for registry in found})))
-        return 0
-    files = select(found, args)
+    files = select(collect_tests(tests), args)  # each is registered
     for file in filter(lambda file: file.disabled, files):
         print(f"disabled: {file.filename}: {file.disabled}")
     enabled = [file for file in files if not file.disabled]
@@ -172,7 +168,6 @@ def main(argv: list[str] | None = None) -> int:
     add("files", nargs="*", metavar="FILE", help="run these files of the suite only")
     add("--hw", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--suite", default="default", help='default: "default"; "all" is every suite')
-    add("--registered-files", action="store_true", help="print every registered file")
     add("--total", nargs="+", type=Path, metavar="REPORTS", help="add up JUnit reports")
     add("--timeout-per-file", type=float, default=900, metavar="SECONDS")
     add("--reports", type=Path, default=REPOSITORY / ".cache/reports", metavar="DIR")

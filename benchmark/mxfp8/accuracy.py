@@ -39,11 +39,6 @@ GPUS = bench_serving.visible_gpus()
 MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
 TIMEOUT_S = 600  # of one request
 SERVERS = "bf16", "flashinfer_trtllm", "flashinfer_cutlass"
-LOGPROBS = {  # nats of each token of the prompt
-    "sampling_params": {"max_new_tokens": 1, "temperature": 0},
-    "return_logprob": True,
-    "logprob_start_len": 0,
-}
 HEAD = """
 | server | perplexity | mean NLL of a token (nats) | NLL less the first's | mean \\|change\\| of a token's log probability |
 | --- | --- | --- | --- | --- |"""
@@ -67,7 +62,8 @@ def tokenize(model: str) -> list[int]:
 
 def window_logprobs(url: str, window: list[int]) -> list[float]:
     """Log probability of each token of a window but the first."""
-    request = {"input_ids": window, **LOGPROBS}
+    request = {"input_ids": window, "sampling_params": {"max_new_tokens": 1}}
+    request |= {"return_logprob": True, "logprob_start_len": 0}
     response = requests.post(f"{url}/generate", json=request, timeout=TIMEOUT_S)
     response.raise_for_status()
     answer = response.json()["meta_info"]["input_token_logprobs"]
@@ -87,18 +83,15 @@ def measure(args: argparse.Namespace, name: str) -> tuple[str, numpy.ndarray]:
     flags = ["no folder", *rehearse, *models, "--tp", args.tp, "--", *args.arguments]
     session = bench_serving.parse_arguments(flags)
     ids = tokenize(session.model)[: args.tokens]
-    starts = range(0, len(ids) - args.window + 1, args.window)
+    ends = range(args.window, len(ids) + 1, args.window)
+    windows = [ids[end - args.window : end] for end in ends]
     with tempfile.TemporaryDirectory() as folder:
-        running = bench_serving.running_server(session, name, Path(folder))
-        with running as port:
+        with bench_serving.running_server(session, name, Path(folder)) as port:
             url = f"http://{bench_serving.HOST}:{port}"
-            logprobs = [
-                window_logprobs(url, ids[start : start + args.window])
-                for start in tqdm(starts, desc=name)
-            ]
+            logprobs = [window_logprobs(url, each) for each in tqdm(windows, desc=name)]
         log = Path(folder, "server-1.log").read_text()
-    found = re.search(r"MXFP8 linear layers: .*", log)
-    return found.group() if found else "", numpy.array(logprobs)
+    layers = "".join(re.findall(r"MXFP8 linear layers: .*", log)[:1])
+    return layers, numpy.array(logprobs)
 
 
 def row(name: str, logprobs: numpy.ndarray, base: numpy.ndarray) -> str:
@@ -137,10 +130,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of the servers, after --")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so servers end, too
-    print(
-        f"# Accuracy of {Path(args.mxfp8).name}\n\n{GPUS or 'CPU, emulated'}, {datetime.date.today()}\n"
-    )
-    print(__doc__.split("\n\n")[1])
+    print(f"# Accuracy of {Path(args.mxfp8).name}\n")
+    print(GPUS or "CPU, emulated", datetime.date.today())
+    print("", __doc__.split("\n\n")[1], sep="\n")
     try:
         logprobs = {}
         for name in SERVERS:

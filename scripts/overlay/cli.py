@@ -46,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, root: Path) -> str:
     """Makes the plan, refuses or runs the command, and returns what to say at the end."""
-    _check_output(options)
     tree = release.checkout(options.checkout) if options.checkout else None
     version = options.release or (tree and tree.version)
     config, parts = stack.read(root, version, options.pr or options.upto)
@@ -73,19 +72,9 @@ def _run(options: argparse.Namespace, root: Path) -> str:
     return options.run(plan, tree, config, options, root)
 
 
-def _check_output(options: argparse.Namespace) -> None:
-    """Refuses what cannot be written before the work, not after it."""
-    if options.run is _wheel:
-        options.output.mkdir(parents=True, exist_ok=True)
-    elif options.output:
-        is_new = not options.output.exists()
-        options.output.open("ab").close()
-        if is_new:
-            options.output.unlink()
-
-
 def _wheel(plan: Plan, tree, config, options, root: Path) -> str:
     """build the patched wheel"""
+    options.output.mkdir(parents=True, exist_ok=True)
     print(wheel := release.repack(tree, plan.package, config, options.output))
     return f"Next: pip install {wheel}"
 

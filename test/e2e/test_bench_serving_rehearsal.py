@@ -17,14 +17,6 @@ from sglang.test.mxfp8_utils import tiny_llama_tensors, write_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_serving.py"
 TOKENIZER = SCRIPT.parents[1] / ".cache" / "models" / "SmolLM2-135M-Instruct"
-RUN = "1-flashinfer_trtllm_8x4"
-
-
-def make_model(folder: Path) -> None:
-    size = dict(vocab_size=49152)  # the tokenizer's
-    write_checkpoint(str(folder), tiny_llama_tensors(**size), **size)
-    for file in TOKENIZER.glob("tokenizer*.json"):
-        shutil.copy(file, folder)
 
 
 def start(results: Path) -> subprocess.Popen:
@@ -37,10 +29,10 @@ def start(results: Path) -> subprocess.Popen:
 def servers(results: Path) -> list[psutil.Process]:
     """The running processes whose log is in the folder."""
     return [
-        p
-        for p in psutil.process_iter(["cwd", "status"])
-        if str(p.info["cwd"]).startswith(str(results))
-        if p.info["status"] != psutil.STATUS_ZOMBIE
+        process
+        for process in psutil.process_iter(["cwd", "status"])
+        if str(process.info["cwd"]).startswith(str(results))
+        if process.info["status"] != psutil.STATUS_ZOMBIE
     ]
 
 
@@ -51,54 +43,46 @@ def waited_for(condition, seconds: float) -> bool:
     return condition()
 
 
-def all_ended(results: Path) -> bool:
-    """A killed process may take a moment to give its memory back."""
-    return waited_for(lambda: not servers(results), 10)
-
-
 def test_a_rehearsal_that_is_interrupted_goes_on_and_ends_in_a_report(tmp_path):
-    make_model(tmp_path / "model")
+    size = dict(vocab_size=49152)  # the tokenizer's
+    write_checkpoint(str(tmp_path / "model"), tiny_llama_tensors(**size), **size)
+    for file in TOKENIZER.glob("tokenizer*.json"):
+        shutil.copy(file, tmp_path / "model")
     results = tmp_path / "results"
-    first = results / RUN / "prefill-c2.jsonl"
+    run = results / "1-flashinfer_trtllm_8x4"
+    made = run / "prefill-c2.jsonl", results / "self_check.txt"
     session = start(results)
-    assert waited_for(first.exists, 600)
-    assert servers(results)
+    assert waited_for(made[0].exists, 600) and servers(results)
     session.send_signal(signal.SIGTERM)
     told = session.communicate(timeout=120)[1]
     assert session.returncode == 130
     assert "the same command goes on from here" in told
-    assert all_ended(results)
-    made = [f.stat().st_mtime_ns for f in (first, results / "self_check.txt")]
+    # A killed process may take a moment to give its memory back.
+    assert waited_for(lambda: not servers(results), 10)
+    before = [file.stat().st_mtime_ns for file in made]
 
     session = start(results)
     told = session.communicate(timeout=800)[1]
     assert session.returncode == 0, told
-    assert [f.stat().st_mtime_ns for f in (first, results / "self_check.txt")] == made
-    assert all_ended(results)
-    check_files(results)
+    assert [file.stat().st_mtime_ns for file in made] == before
+    assert waited_for(lambda: not servers(results), 10)
 
-
-def check_files(results: Path) -> None:
-    run = results / RUN
-    cases = ("prefill", 64, 2), ("decode", 16, 6)
-    for case, tokens_in, tokens_out in cases:
+    for case, tokens_in, tokens_out in (("prefill", 64, 2), ("decode", 16, 6)):
         row = json.loads((run / f"{case}-c2.jsonl").read_text())
+        totals = row["total_input_tokens"], row["total_output_tokens"]
+        assert row["completed"] == 12 and totals == (12 * tokens_in, 12 * tokens_out)
         assert row["tag"] == "rehearsal"
-        assert row["completed"] == 12
-        assert row["total_input_tokens"] == 12 * tokens_in
-        assert row["total_output_tokens"] == 12 * tokens_out
     updated = json.loads((run / "updated.json").read_text())
     assert updated["rehearsal"] and updated["questions"] == 3
     assert len(updated["update_s"]) == 5 and updated["accuracy"] <= 1
     log = (run / "server-2.log").read_text()
     assert log.count('POST /update_weights_from_disk HTTP/1.1" 200') == 5
-    for log in run.glob("*.log"):
-        assert log.read_text().startswith("REHEARSAL")
-    checked = (results / "self_check.txt").read_text()
-    assert checked.startswith("REHEARSAL") and "WRONG" not in checked
+    checked = made[1].read_text()
+    for text in (checked, *(log.read_text() for log in run.glob("*.log"))):
+        assert text.startswith("REHEARSAL")
     assert re.search(r"flashinfer_trtllm +\[640, 512\] +128 8x4", checked)
+    assert "WRONG" not in checked
     environment = (results / "environment.json").read_text()
-    assert json.loads(environment)["rehearse"]
     for private in (str(results), str(SCRIPT.parents[1]), str(Path.home())):
         assert private not in environment
     report = (results / "report.md").read_text()

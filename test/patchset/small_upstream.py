@@ -1,4 +1,4 @@
-"""Small projects to merge: an overlay, its upstream.toml, and a wheel of "upstream"."""
+"""A small project to merge: an overlay, its upstream.toml, and a wheel of "upstream"."""
 
 import hashlib
 import subprocess
@@ -8,6 +8,8 @@ from pathlib import Path
 from overlay.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+CORE = "python/sglang/core.py"
+WHEEL = ".cache/sglang-1.0-py3-none-any.whl"
 
 TOML = """
 [release]
@@ -41,8 +43,7 @@ present = '(?m)^\\| `--gemm` \\|.*`b`'
 """
 
 UPSTREAM = {
-    "sglang/_version.py": "__version__ = version = '1.0'\n"
-    "__version_tuple__ = version_tuple = (1, 0)\n",
+    "sglang/_version.py": "",
     "sglang/__init__.py": "",
     "sglang/core.py": "CHOICES = ['a']\n\n\ndef run(x):\n    return x\n",
     "sglang/other.py": "def helper():\n    return 1\n\n\ndef kept():\n    return 2\n",
@@ -56,10 +57,9 @@ UPSTREAM = {
 }
 
 OVERLAY = {
-    "python/sglang/core.py": '"""\nrun, CHOICES\n    why: b is faster\n'
-    "    thread: org/repo#7\n    until: b is everywhere\n"
-    '"""\n\nfrom overlay.marks import prepend\n\nCHOICES = ["a", "b"]\n\n\n'
-    "@prepend\ndef run(x):\n    x = x + 1\n",
+    CORE: '"""\nrun, CHOICES\n    why: b is faster\n    thread: org/repo#7\n'
+    '    until: b is everywhere\n"""\n\nfrom overlay.marks import prepend\n\n'
+    'CHOICES = ["a", "b"]\n\n\n@prepend\ndef run(x):\n    x = x + 1\n',
     "python/sglang/other.py": '"""\nhelper\n    why: b has its own\n"""\n\n'
     "from overlay.marks import drop\n\n\n@drop\ndef helper(): ...\n",
     "python/sglang/trick.py": '"""The trick."""\n\nVALUE = 1\n',
@@ -67,7 +67,6 @@ OVERLAY = {
     "class TestB:\n    pass\n",
     "test/registered/test_trick.py": '"""Tests the trick."""\n',
     "test/registered/test_here.py": "Path(__file__).parents[3]\n",
-    "test/registered/test_table.py": "ROOT = Path(__file__).parents[3]\n",
 }
 
 CHECKOUT = {
@@ -77,21 +76,21 @@ CHECKOUT = {
 }
 
 
-def make_project(
-    root: Path, overlay: dict[str, str], wheel: dict[str, str], toml: str
-) -> Path:
-    """A repository with an overlay, and upstream's wheel in its cache; `{sha256}` in
-    `toml` becomes the wheel's."""
-    write(root, overlay)
-    file = root / ".cache" / "sglang-1.0-py3-none-any.whl"
-    file.parent.mkdir()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, text in wheel.items():
+def make_project(root: Path) -> Path:
+    """A repository with the overlay, and upstream's wheel in its cache; locked."""
+    write(root, OVERLAY)
+    (root / WHEEL).parent.mkdir()
+    with zipfile.ZipFile(root / WHEEL, "w") as archive:
+        for name, text in UPSTREAM.items():
             archive.writestr(name, text)
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    (root / "upstream.toml").write_text(toml.replace("{sha256}", sha256))
+    write(root, {"upstream.toml": with_sha256(root, TOML)})
     assert main(["lock"], root) == 0
     return root
+
+
+def with_sha256(root: Path, toml: str) -> str:
+    digest = hashlib.sha256((root / WHEEL).read_bytes()).hexdigest()
+    return toml.replace("{sha256}", digest)
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -109,15 +108,10 @@ def snapshot(root: Path) -> dict[str, bytes]:
     }
 
 
-def git(where, *arguments, stdin=None):
-    identity = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
-    return subprocess.run(
-        ["git", *identity, *arguments],
-        cwd=where,
-        input=stdin,
-        capture_output=True,
-        check=True,
-    ).stdout
+def git(where: Path, *arguments, stdin: bytes | None = None) -> bytes:
+    command = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost", *arguments]
+    options = dict(cwd=where, input=stdin, check=True)
+    return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
 
 
 def commit(checkout: Path) -> None:

@@ -1,6 +1,7 @@
-"""scripts/setup.sh and env.sh: what is installed once; and the --help of all scripts."""
+"""scripts/setup.sh: what is installed once; and the --help of all scripts."""
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -9,89 +10,64 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-HELPFUL = sorted(
-    file.name for file in SCRIPTS.glob("*.py") if file.read_text().startswith("#!")
-)
-# Each call of install_once writes a line; a file `fail` or `slow` changes what it does.
-SCRIPT = f"""set -euo pipefail
-source {SCRIPTS}/env.sh
-ROOT=$1 VENV=$1/.venv
-cd "$1"
-ensure_uv() {{ :; }}
-ensure_venv() {{ :; }}
-work() {{
-    echo "begin $1 $reinstall" >>calls
-    [[ ! -e slow ]] || sleep 1
-    # As setup.sh starts patchset, which makes sure of its tools.
-    bash -c 'source {SCRIPTS}/env.sh; ROOT=$0; locked true' "$ROOT"
-    [[ ! -e fail ]] || return 3
-    echo "end" >>calls
-}}
-install_once name "$2" work "$2"
-"""
+SHELL = ["setup.sh", "test.sh", "serve.sh"]
+HELPFUL = [f.name for f in SCRIPTS.glob("*.py") if f.read_text().startswith("#!")]
+# A tree with an environment and made-up tools, which write a line for each call.
+FILES = {
+    "upstream.toml": 'version = "1.0"\n',
+    "requirements/lock.txt": "a==1\n",
+    "python/a.py": "",
+    "scripts/overlay/a.py": "",
+    "scripts/patchset": "#!/bin/sh\necho wheel >>calls\ntouch dist/sglang-1.0+1.whl\n",
+    ".venv/bin/python": "#!/bin/sh\n",
+    "bin/uv": "#!/bin/sh\nshift 4\necho $* >>calls\nsleep 0.5\n",
+    "dist/x": "",
+}
 
 
 @pytest.fixture
-def tree(tmp_path) -> Path:
-    python = tmp_path / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.touch(0o755)
-    return tmp_path
+def start(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(SCRIPTS / "setup.sh", tmp_path / "scripts")
+    environment = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment.pop("MXFP8_RELEASE", None)
+    options = dict(cwd=tmp_path, env=environment, start_new_session=True)
+    return lambda: subprocess.Popen(["./scripts/setup.sh"], **options)
 
 
-def start(tree: Path, want: str) -> subprocess.Popen:
-    command = ["bash", "-c", SCRIPT, "-", tree, want]
-    return subprocess.Popen(command, start_new_session=True)
-
-
-def calls(tree: Path) -> list[str]:
-    return [line.strip() for line in (tree / "calls").read_text().splitlines()]
-
-
-def test_what_is_installed_is_not_installed_again(tree):
-    for want in ("1", "1", "2", "2", "1"):
-        assert start(tree, want).wait() == 0
-    assert calls(tree)[::2] == ["begin 1", "begin 2", "begin 1"]
-    # Unless its Python is gone.
-    (tree / ".venv" / "bin" / "python").unlink()
-    assert start(tree, "1").wait() == 0
-    assert len(calls(tree)) == 8
-
-
-@pytest.mark.parametrize("killed", [True, False])
-def test_what_did_not_end_is_installed_in_full(tree, killed):
-    change = tree / ("slow" if killed else "fail")
-    change.touch()
-    first = start(tree, "1")
-    while not (tree / "calls").exists():
-        time.sleep(0.05)
-    if killed:
-        os.killpg(first.pid, signal.SIGKILL)
-    assert first.wait() == (-9 if killed else 3)
-    change.unlink()
-    assert start(tree, "1").wait() == 0
-    assert "begin 1 --reinstall" in calls(tree)
-    assert start(tree, "1").wait() == 0
-    assert calls(tree).count("begin 1 --reinstall") == 1
-
-
-def test_two_at_once_install_once(tree):
-    (tree / "slow").touch()
-    both = [start(tree, "1") for _ in range(2)]
+def test_what_is_installed_is_not_installed_again(start, tmp_path):
+    both = [start(), start()]  # at once
     assert [process.wait() for process in both] == [0, 0]
-    assert calls(tree) == ["begin 1", "end"]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 4 and calls.count("wheel") == 1, calls
+    assert start().wait() == 0
+    assert (tmp_path / "calls").read_text().splitlines() == calls
+    (tmp_path / "python" / "a.py").write_text("changed")
+    assert start().wait() == 0
+    assert (tmp_path / "calls").read_text().splitlines() == 2 * calls
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "test.sh", "serve.sh", *HELPFUL])
+def test_what_did_not_end_is_installed_in_full(start, tmp_path):
+    first, calls = start(), tmp_path / "calls"
+    while not calls.exists() or "lock.txt" not in calls.read_text():
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    assert first.wait() == -9
+    assert [start().wait(), start().wait()] == [0, 0]
+    assert calls.read_text().count("--no-deps --reinstall -r ") == 1
+
+
+@pytest.mark.parametrize("name", [*SHELL, *sorted(HELPFUL)])
 def test_help_says_what_is_needed(name):
     """Also by a Python without packages."""
-    command = [SCRIPTS / name, "--help"]
-    told = subprocess.run(command, capture_output=True, text=True)
-    assert told.returncode == 0
-    assert "setup.sh" in told.stdout or "GPU" in told.stdout
+    told = subprocess.check_output([SCRIPTS / name, "--help"], text=True)
+    assert "setup.sh" in told or "GPU" in told
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "test.sh", "serve.sh"])
+@pytest.mark.parametrize("name", SHELL)
 def test_a_release_that_is_not_here_is_refused(name):
     command = [SCRIPTS / name, "--release", "0.5.8"]
     told = subprocess.run(command, capture_output=True, text=True)

@@ -10,12 +10,15 @@ turns; medians of 20. Errors are against float64. Needs a CUDA GPU and Triton.
 The second measures humming-kernels beside them, which compiles for each shape and M.
 """
 
+import argparse
+import statistics
 from collections.abc import Callable
 from functools import partial
 
-import mxfp8_timing as timing
-import torch
+import tune_mxfp8_layout as timing  # starts this again in .venv
 
+# isort: split
+import torch
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize
 from sglang.srt.layers.quantization.mxfp8.weight_only import (
     max_m_fused,
@@ -67,11 +70,16 @@ def humming(weight: torch.Tensor, scale: torch.Tensor) -> Callable:
     return layer
 
 
+def medians(works: dict[str, list[Callable]]) -> dict[str, float]:
+    """Microseconds of a call."""
+    taken = timing.measure(works, REPEATS)
+    return {name: statistics.median(us) for name, us in taken.items()}
+
+
 def read_speed() -> float:
     """Bytes a microsecond of a sum over 1 GiB."""
     source = torch.ones(1 << 28, device="cuda")
-    works = {"read": timing.Work(source.sum)}
-    return source.nbytes / timing.medians(works, REPEATS)["read"]
+    return source.nbytes / medians({"read": [source.sum]})["read"]
 
 
 def relative_error(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> float:
@@ -86,35 +94,29 @@ class Linear:
 
     def __init__(self, n: int, k: int, with_humming: bool) -> None:
         self.n, self.k = n, k
-        self.count = timing.rotation(n * k)
-        self.weights = [operands(n, k) for _ in range(self.count)]
+        cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+        count = 1 + max(1, -(-2 * cache // (n * k)))
+        self.weights = [operands(n, k) for _ in range(count)]
         self.in_bf16 = [bf16(*each) for each in self.weights]
         self.peers = [humming(*each) for each in self.weights] if with_humming else []
 
     def microseconds(self, m: int) -> dict[str, float]:
         inputs = [
             torch.randn(m, self.k, dtype=torch.bfloat16, device="cuda")
-            for _ in range(self.count)
+            for _ in self.weights
         ]
         error = relative_error(inputs[0], *self.weights[0])
         if not error < 3e-3:
             raise AssertionError(f"[{self.n}, {self.k}], M = {m}: error {error}")
-        limit = max_m_fused(self.n, self.k)
-
-        def ours() -> None:
-            for x, (weight, scale) in zip(inputs, self.weights):
-                weight_only_linear(x, weight, scale, limit)
-
-        def each(layers: list) -> None:
-            for x, layer in zip(inputs, layers):
-                layer(x)
-
-        products = [partial(torch.nn.functional.linear, weight=w) for w in self.in_bf16]
-        runs = {"ours": ours, "bf16": partial(each, products)}
+        ours = partial(weight_only_linear, max_m_fused=max_m_fused(self.n, self.k))
+        linear = torch.nn.functional.linear
+        works = {
+            "ours": [partial(ours, x, *w) for x, w in zip(inputs, self.weights)],
+            "bf16": [partial(linear, x, w) for x, w in zip(inputs, self.in_bf16)],
+        }
         if self.peers:
-            runs["humming"] = partial(each, self.peers)
-        works = {name: timing.Work(run, self.count) for name, run in runs.items()}
-        return timing.medians(works, REPEATS)
+            works["humming"] = [partial(p, x) for x, p in zip(inputs, self.peers)]
+        return medians(works)
 
 
 def table(title: str, taken: dict, cell: Callable) -> None:
@@ -128,7 +130,8 @@ def table(title: str, taken: dict, cell: Callable) -> None:
 
 
 def main() -> None:
-    parser = timing.parser(__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--humming", action="store_true")
     parser.add_argument("--m", type=int, nargs="+", default=EVERY_M)
     parser.add_argument("--shape", nargs="+", default=list(SHAPES), metavar="LINEAR")

@@ -96,7 +96,7 @@ class TestDecisions(CustomTestCase):
                 self.assertEqual(path.with_suffix(".json.old").read_text(), text)
 
 
-@unittest.skipIf(tune.timing.HAS_GPU, "the rehearsal is for a CPU")
+@unittest.skipIf(tune.HAS_GPU, "the rehearsal is for a CPU")
 class TestCommandLine(CustomTestCase):
     def run_script(self, *arguments):
         command = [SCRIPT, *map(str, arguments)]

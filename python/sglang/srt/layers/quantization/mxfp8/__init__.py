@@ -12,6 +12,7 @@ scale_layout        trtllm's activation scales: 8x4 or 128x4
 routing             which kernel for which layer
 formats             what a checkpoint's config says
 weights             one layer's weight and scale through its life
+linears             what the self-check needs of them
 self_check          whether a kernel computes what it should, here and now
 agreement           ranks agree before one of them writes
 headers             what a checkpoint's files say of their tensors
