@@ -126,13 +126,9 @@ def for_random(times: int, **choices: Sequence) -> Callable:
     return decorate
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's bytes: a view, 1-D."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(as_bytes(a), as_bytes(b))
+    """Of two contiguous tensors, whatever their shapes and dtypes."""
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def random_mxfp8(
