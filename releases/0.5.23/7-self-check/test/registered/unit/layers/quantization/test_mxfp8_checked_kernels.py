@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import unittest
@@ -20,6 +21,8 @@ import torch
 
 import sglang.kernels.ops.gemm.fp8_kernel as gemm_kernels
 import sglang.kernels.ops.quantization.fp8_kernel as quantizers
+from sglang.srt.distributed import parallel_state
+from sglang.srt.distributed.device_communicators import pynccl
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config
@@ -29,7 +32,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.runtime_context import override_platform
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.layer_ut_utils import init_single_process_dist
-from sglang.test.test_utils import CustomTestCase
+from sglang.test.test_utils import CustomTestCase, publish_build_topology
 
 register_cpu_ci(est_time=60, suite="base-a-test-cpu")
 BF16 = torch.bfloat16
@@ -318,20 +321,15 @@ class TestMxfp8CheckedKernels(CustomTestCase):
         self.start(linear)
         self.assertEqual(self.calls, [])
 
-    def test_what_another_rank_found_counts_here(self):
-        check, calls = self.from_check(), []
-        wrong_there = [check.self_check.Result(129, failure="RuntimeError('there')")]
-
-        def gather(found):
-            calls.append(found)
-            kernel = check.self_check.Kernel.of(check.linears.Linear(linear))
-            return [found, {kernel: wrong_there} if len(calls) == 1 else {}]
-
-        linear = self.build()
-        with mock.patch.object(check.linears, "from_every_rank", gather):
-            self.start(linear)
-        self.assert_serves(linear, "flashinfer_cutlass")
-        self.assertEqual(calls, [{}, {}])
+    def test_ranks_decide_alike(self):
+        """Each of two processes runs `serve_one_rank`; the kernel is wrong on one."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = str(listener.getsockname()[1])
+        ranks = [
+            subprocess.Popen([sys.executable, "-W", "ignore", __file__, str(r), port])
+            for r in range(2)
+        ]
+        self.assertEqual([rank.wait(timeout=120) for rank in ranks], [0, 0])
 
     def test_a_kernel_that_breaks_the_context(self):
         broken = RuntimeError("CUDA error: an illegal memory access")
@@ -375,5 +373,27 @@ class TestMxfp8CheckedKernels(CustomTestCase):
         return SimpleNamespace(linears=linears, self_check=self_check)
 
 
+def serve_one_rank(rank, port):
+    parallel_state.init_distributed_environment(
+        world_size=2,
+        rank=rank,
+        local_rank=rank,
+        backend="gloo",
+        distributed_init_method=f"tcp://127.0.0.1:{port}",
+    )
+    publish_build_topology(world_rank=rank, tp_size=2)
+    with mock.patch.object(pynccl, "PyNcclCommunicator"):
+        parallel_state.initialize_model_parallel(backend="gloo")
+    case = TestMxfp8CheckedKernels()
+    case.setUp()
+    case.faults = {"cute-dsl": raises} if rank else {}
+    linear = case.build()
+    case.start(linear)
+    case.assert_serves(linear, "flashinfer_cutlass")
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if len(sys.argv) == 3:
+        serve_one_rank(*map(int, sys.argv[1:]))
+    else:
+        unittest.main()
