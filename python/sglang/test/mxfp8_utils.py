@@ -13,7 +13,6 @@ import socket
 import sys
 import tempfile
 import time
-import unittest
 from random import Random
 from types import SimpleNamespace
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -48,7 +47,7 @@ from sglang.test.test_utils import (
 
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
-    if is_release("0.5.9"):
+    if sglang.__version__.startswith("0.5.9"):
         init_parallel_state(rank=0, size=1, port=0)
     else:
         from sglang.test.layer_ut_utils import init_single_process_dist
@@ -98,15 +97,6 @@ def as_on_a_gpu():
 def mxfp8_config(serialized: bool = True, **kwargs) -> Fp8Config:
     """The config of an MXFP8 checkpoint, or of `--quantization mxfp8`."""
     return Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True, **kwargs)
-
-
-def is_release(version: str) -> bool:
-    return sglang.__version__.partition("+")[0] == version
-
-
-def only_on(version: str) -> Callable:
-    """Marks a test that holds for one release of sglang alone."""
-    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
 
 
 def for_random(times: int, **choices: Sequence) -> Callable:
@@ -316,6 +306,17 @@ def load_on_cpu(
         torch.set_default_dtype(dtype)  # upstream leaves its own when a load fails
 
 
+def as_served(model: torch.nn.Module, tensors=(), model_config=None):
+    """A model of the test's own, loaded: `tensors` through its loader, and prepared."""
+    from sglang.srt.layers.quantization.mxfp8.lifecycle import load_served_model
+
+    loader = mock.Mock(load_config=LoadConfig())
+    loader.load_model = lambda **_: model.load_weights(tensors) or model
+    # No model class is known, so there is no copy to check updates with.
+    with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
+        return load_served_model(loader, model_config, None)
+
+
 def without(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Tensor]:
     """The tensors whose names have none of `parts` in them."""
     return {n: t for n, t in tensors.items() if not any(p in n for p in parts)}
@@ -324,6 +325,21 @@ def without(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Te
 def with_weight_scale(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Scales by the name that ModelOpt and compressed-tensors give them."""
     return {n.replace("_scale_inv", "_scale"): t for n, t in tensors.items()}
+
+
+def with_e8m0_scales(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Scales of the dtype that torch has for them."""
+    return {
+        n: t.view(torch.float8_e8m0fnu) if "scale" in n else t
+        for n, t in tensors.items()
+    }
+
+
+def with_bf16(tensors: Dict[str, torch.Tensor], *parts: str) -> Dict[str, torch.Tensor]:
+    """The weights whose names have any of `parts` in bf16 and without scales."""
+    others = without(tensors, *parts)
+    changed = without({n: t for n, t in tensors.items() if n not in others}, "scale")
+    return others | {n: (t.float() / 448).bfloat16() for n, t in changed.items()}
 
 
 _FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
@@ -384,24 +400,22 @@ class TinyModelTestCase(CustomTestCase):
         expected = fused_parameters(tensors)
         torch.manual_seed(0)
         for own in mxfp8_weights_of(model):
-            layer, name = own.layer, own.name
-            x = torch.randn(3, layer.input_size).bfloat16()
-            reference = reference_linear(
-                x, expected[f"{name}.weight"], expected[f"{name}.weight_scale_inv"]
-            )
-            torch.testing.assert_close(
-                layer(x)[0], reference.bfloat16(), rtol=0.02, atol=0.05, msg=name
-            )
+            weight = expected[f"{own.name}.weight"]
+            x = torch.randn(3, weight.shape[1]).bfloat16()
+            scale = expected[f"{own.name}.weight_scale_inv"]
+            assert_multiplies(own.layer, x, weight, scale)
         with mxfp8_checkpoint_form(model):
             held = dict(model.named_parameters())
             for name, tensor in expected.items():
                 self.assertTrue(same_bytes(held[name].data, tensor), name)
 
     def assert_updates(self, model: torch.nn.Module) -> None:
-        """Through the model's loaders to checkpoint b, and to a."""
+        """Through the model's loaders to checkpoint b, and to a; nothing moves."""
+        addresses = [param.data_ptr() for param in model.parameters()]
         for tensors in self.b, self.a:
             model.load_weights(tensors.items())
             self.assert_serves(model, tensors)
+        self.assertEqual([p.data_ptr() for p in model.parameters()], addresses)
 
     @contextlib.contextmanager
     def refused(self, model: torch.nn.Module, reason: str):
@@ -410,15 +424,17 @@ class TinyModelTestCase(CustomTestCase):
             yield
         self.assert_serves(model, self.a)
 
+    def config_of(self, path: str):
+        """What an update from disk asks of the config of a model."""
+        settings = dict(revision=None, quantization="mxfp8", hf_config=None)
+        return SimpleNamespace(model_path=path, dtype=torch.bfloat16, **settings)
+
     def refusal_of(self, model, path: str, load_format="auto", **kwargs) -> str:
         """Why `model` is not updated from `path`; "" if it may be."""
         from sglang.srt.layers.quantization.mxfp8 import lifecycle
 
-        config = SimpleNamespace(
-            model_path=path, revision=None, quantization="mxfp8", hf_config=None
-        )
         refusal = lifecycle.check_mxfp8_disk_update(
-            model, config, get_model_loader, path, load_format, **kwargs
+            model, self.config_of(path), get_model_loader, path, load_format, **kwargs
         )
         return refusal or ""
 

@@ -29,6 +29,8 @@ from sglang.test.mxfp8_utils import (
     TinyModelTestCase,
     load_on_cpu,
     mxfp8_config,
+    with_bf16,
+    with_e8m0_scales,
     with_weight_scale,
 )
 from sglang.test.test_utils import CustomTestCase
@@ -39,6 +41,7 @@ MXFP8_SCHEME = dict(num_bits=8, type="float", strategy="group", group_size=32)
 MXFP8_SCHEME |= dict(scale_dtype="torch.uint8", symmetric=True, dynamic=False)
 W8A16 = {"targets": ["Linear"], "weights": MXFP8_SCHEME}
 GROUP = {**W8A16, "input_activations": {**MXFP8_SCHEME, "dynamic": True}}
+COMPRESSED = "compressed-tensors"
 FP8_CACHE = {"num_bits": 8, "type": "float", "dynamic": False}
 OWN = TINY_LLAMA["quantization_config"]
 OWN_AS_FP8 = {**OWN, "quant_method": "fp8"}
@@ -49,7 +52,7 @@ AUTO_ROUND = {"quant_method": "auto-round", "data_type": "mx_fp", "bits": 8}
 def compressed(*targets, group=GROUP, **changes) -> dict:
     groups = {"g": {**group, "targets": list(targets or ["Linear"])}}
     own = dict(config_groups=groups, ignore=["lm_head"], kv_cache_scheme=None)
-    return {"quant_method": "compressed-tensors", **own, **changes}
+    return {"quant_method": COMPRESSED, **own, **changes}
 
 
 def modelopt(**changes) -> dict:
@@ -70,17 +73,22 @@ def hf_quant_config(**changes) -> dict:
 
 class TestDescription(CustomTestCase):
     def test_every_format_becomes_one(self):
-        for config, name, ignored in (
-            (OWN, "mxfp8", []),
-            ({**OWN, **BOTH_LISTS}, "mxfp8", ["a", "b", "c"]),
-            (OWN_AS_FP8, "mxfp8", []),
-            ({**OWN, "scale_fmt": "UE8M0"}, "mxfp8", []),
-            (modelopt(), "modelopt", ["glob:lm_head"]),
-            (modelopt(quant_algo="mxfp8"), "modelopt", ["glob:lm_head"]),
-            (modelopt(group_size=None), "modelopt", ["glob:lm_head"]),
-            (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", ["glob:lm_head"]),
-            (flat_modelopt_mxfp8(modelopt()), "modelopt", ["glob:lm_head"]),
-            (compressed(), "compressed-tensors", ["glob:lm_head"]),
+        head, fp8_cache = ["glob:lm_head"], {"kv_cache_quant_algo": "FP8"}
+        flat = hf_quant_config(kv_cache_quant_algo="FP8")
+        for config, name, ignored, cache in (
+            (OWN, "mxfp8", [], {}),
+            ({**OWN, **BOTH_LISTS}, "mxfp8", ["a", "b", "c"], {}),
+            (OWN_AS_FP8, "mxfp8", [], {}),
+            ({**OWN, "scale_fmt": "UE8M0"}, "mxfp8", [], {}),
+            (modelopt(), "modelopt", head, {}),
+            (modelopt(quant_algo="mxfp8"), "modelopt", head, {}),
+            (modelopt(group_size=None), "modelopt", head, {}),
+            (modelopt(kv_cache_scheme=FP8_CACHE), "modelopt", head, fp8_cache),
+            (flat_modelopt_mxfp8(hf_quant_config()), "modelopt", head, {}),
+            (flat_modelopt_mxfp8(flat), "modelopt", head, fp8_cache),
+            (flat_modelopt_mxfp8(modelopt()), "modelopt", head, {}),
+            (compressed(), COMPRESSED, head, {}),
+            (compressed(kv_cache_scheme=FP8_CACHE), COMPRESSED, head, fp8_cache),
         ):
             with self.subTest(config=config):
                 expected = {
@@ -91,19 +99,10 @@ class TestDescription(CustomTestCase):
                     "scale_fmt": "ue8m0",
                     "mxfp8_format": name,
                     "ignored_layers": ignored,
+                    **cache,
                 }
                 self.assertEqual(describe_mxfp8(config), expected)
                 self.assertEqual(describe_mxfp8(expected), expected)
-
-    def test_an_fp8_cache_is_told(self):
-        for config in (
-            modelopt(kv_cache_scheme=FP8_CACHE),
-            flat_modelopt_mxfp8(hf_quant_config(kv_cache_quant_algo="FP8")),
-            compressed(kv_cache_scheme=FP8_CACHE),
-        ):
-            described = describe_mxfp8(config)
-            self.assertEqual(described["kv_cache_quant_algo"], "FP8")
-            self.assertEqual(describe_mxfp8(described), described)
 
     def test_other_quantization_is_not_ours(self):
         fp8_scheme = {**MXFP8_SCHEME, "strategy": "channel", "group_size": None}
@@ -168,45 +167,40 @@ class TestLayerNames(CustomTestCase):
         globs = ["glob:model.layers.0.self_attn*", "glob:lm_head", "glob:mtp*"]
         wrapped = "language_model.model.layers.0.self_attn.o_proj"
         by_llm_compressor = ["glob:layers.0.mlp.up_proj.linear", "glob:*.linear"]
-        from_start = r"re:model\.layers\.0\."
+        from_start = ["re:.*self_attn.*", r"re:model\.layers\.0\."]
         for ignored, kept, quantized in (
             (
                 globs,
-                ["0.self_attn.qkv_proj", wrapped, "lm_head", "model.mtp.layers.0.x"],
-                ["0.mlp.down_proj", "10.self_attn.o_proj", "model.lm_head_norm"],
+                f"0.self_attn.qkv_proj {wrapped} lm_head model.mtp.layers.0.x",
+                "0.mlp.down_proj 10.self_attn.o_proj model.lm_head_norm",
             ),
             (
                 own["ignored_layers"],
-                ["0.mlp.down_proj", "1.self_attn.qkv_proj", "0.self_attn.o_proj"],
-                ["0.self_attn.qkv_proj", "1.mlp.down_proj"],
+                "0.mlp.down_proj 1.self_attn.qkv_proj 0.self_attn.o_proj",
+                "0.self_attn.qkv_proj 1.mlp.down_proj",
             ),
             (
                 by_llm_compressor,
-                ["0.mlp.up_proj", "1.mlp.up_proj.linear"],
-                ["1.mlp.up_proj", "1.mlp.gate_proj"],
+                "0.mlp.up_proj 1.mlp.up_proj.linear",
+                "1.mlp.up_proj 1.mlp.gate_proj",
             ),
             # A module is all its layers.
-            (["glob:model.layers.1"], ["1.mlp.gate_up_proj"], ["10.mlp.gate_up_proj"]),
-            (["glob:visual"], ["visual.blocks.0.mlp.down_proj"], []),
+            (["glob:model.layers.1"], "1.mlp.gate_up_proj", "10.mlp.gate_up_proj"),
+            (["glob:visual"], "visual.blocks.0.mlp.down_proj", ""),
             (
-                ["re:.*self_attn.*", from_start],
-                ["3.self_attn.qkv_proj", "0.mlp.down_proj"],
-                ["3.mlp.down_proj", "draft.model.layers.0.mlp.down_proj"],
+                from_start,
+                "3.self_attn.qkv_proj 0.mlp.down_proj",
+                "3.mlp.down_proj draft.model.layers.0.mlp.down_proj",
             ),
-            # One layer has no name.
-            (["glob:lm_head", "re:.+"], [], [""]),
         ):
-            self.assert_kept(ignored, kept, quantized)
+            self.assert_kept(ignored, kept.split(), quantized.split())
+        # One layer has no name.
+        self.assert_kept(["glob:lm_head", "re:.+"], [], [""])
 
     def test_targets_leave_the_rest(self):
-        qkv, o, gate_up, other = (
-            "0.self_attn.qkv_proj",
-            "0.self_attn.o_proj",
-            "0.mlp.gate_up_proj",
-            "1.mlp.gate_up_proj",
-        )
-        mlp = "model.layers.0.mlp"
-        parts = [f"{mlp}.gate_proj", f"{mlp}.up_proj"]
+        qkv, o = "0.self_attn.qkv_proj", "0.self_attn.o_proj"
+        gate_up, other = "0.mlp.gate_up_proj", "1.mlp.gate_up_proj"
+        parts = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
         named = ["re:.*mlp.*", f"model.layers.{o}"]
         for targets, ignore, kept, quantized in (
             (named, ["re:.*1.mlp.*"], [qkv, other], [gate_up, o]),
@@ -218,14 +212,12 @@ class TestLayerNames(CustomTestCase):
 
     def test_fused_layers(self):
         """By their own name or by all their parts; a list of some of them is refused."""
+        experts = "experts.0.gate_proj experts.0.up_proj experts.0.down_proj"
         for fused, parts in (
             ("self_attn.qkv_proj", "q_proj k_proj v_proj"),
             ("mlp.gate_up_proj", "gate_proj up_proj"),
             ("self_attn.fused_qkv_a_proj_with_mqa", "q_a_proj kv_a_proj_with_mqa"),
-            (
-                "mlp.experts",
-                "experts.0.gate_proj experts.0.up_proj experts.0.down_proj",
-            ),
+            ("mlp.experts", experts),
             ("mlp.experts", "experts.0.w1 experts.0.w2 experts.0.w3"),
         ):
             parent = f"model.layers.0.{fused.split('.')[0]}"
@@ -238,8 +230,6 @@ class TestLayerNames(CustomTestCase):
                     reason = f"{fused} is one layer.*{last} not: "
                     with self.subTest(some), self.assertRaisesRegex(ValueError, reason):
                         LayerList([some]).has_layer(fused)
-
-    def test_one_expert_of_many(self):
         experts = "model.layers.3.mlp.experts"
         modules = [f"{experts}.{i}.{p}_proj" for i in range(9) for p in ("gate", "up")]
         with self.assertRaisesRegex(ValueError, f"{experts} is one layer.*, ... in"):
@@ -248,11 +238,12 @@ class TestLayerNames(CustomTestCase):
 
 NO_METHOD = {k: v for k, v in modelopt().items() if k != "quant_method"}
 # What declares a checkpoint's format: `quantization_config` and files beside config.json.
+HF_FILE = "hf_quant_config.json"
 FORMATS = {
     "modelopt": (modelopt(), {}),
     "modelopt without a method": (NO_METHOD, {}),
-    "hf_quant_config.json": (None, {"hf_quant_config.json": hf_quant_config()}),
-    "compressed-tensors": (compressed(), {}),
+    HF_FILE: (None, {HF_FILE: hf_quant_config()}),
+    COMPRESSED: (compressed(), {}),
 }
 
 
@@ -268,12 +259,8 @@ class FormatTestCase(TinyModelTestCase):
 
 class TestLoading(FormatTestCase):
     def test_every_format_holds_the_same_bytes_and_takes_both_names_of_a_scale(self):
-        as_e8m0 = {
-            name: t.view(torch.float8_e8m0fnu) if "scale" in name else t
-            for name, t in self.a.items()
-        }
         paths = {name: self.write_as(*form) for name, form in FORMATS.items()}
-        paths["e8m0"] = self.write_as(modelopt(), tensors=as_e8m0)
+        paths["e8m0"] = self.write_as(modelopt(), tensors=with_e8m0_scales(self.a))
         for name, path in {**paths, "own": self.path_a}.items():
             with self.subTest(name):
                 model = load_on_cpu(path)
@@ -283,21 +270,10 @@ class TestLoading(FormatTestCase):
                 model.load_weights(with_weight_scale(self.b).items())
                 self.assert_updates(model)
 
-    def with_bf16(self, *layers: str) -> dict:
-        """Checkpoint a with these layers in bf16 and without scales."""
-        tensors = dict(self.a)
-        for name in self.a:
-            layer, _, last = name.rpartition(".")
-            if layer.endswith(layers):
-                weight = tensors.pop(name)
-                if last == "weight":
-                    tensors[name] = (weight.float() / 448).bfloat16()
-        return tensors
-
     def test_mixed_checkpoints_are_served_mixed(self):
         """Also where the model cannot be asked: layers go by their prefixes."""
         parts = "q_proj", "k_proj", "v_proj"
-        tensors = self.with_bf16(*parts)
+        tensors = with_bf16(self.a, *parts)
         listed = [f"model.layers.{i}.self_attn.{p}" for i in range(2) for p in parts]
         cannot_ask = mock.patch.object(names, "ask_model", side_effect=KeyError("x"))
         for quantization, asking in (
@@ -314,90 +290,77 @@ class TestLoading(FormatTestCase):
                 qkv = model.model.layers[1].self_attn.qkv_proj
                 self.assertEqual(qkv.weight.dtype, torch.bfloat16)
 
-    def test_a_model_that_is_built_otherwise_than_asked(self):
-        choose = Mxfp8Plan([("model.a", True)]).chooser()
-        with self.assertRaisesRegex(ValueError, "model.b is built where model.a was"):
-            choose(None, "model.b")
-
-    def test_an_fp8_cache_and_its_scales(self):
-        scales = {
-            f"model.layers.{i}.self_attn.{part}_proj.{part}_scale": torch.tensor(0.25)
-            for i in range(2)
-            for part in "kv"
-        }
-        config = modelopt(kv_cache_scheme=FP8_CACHE)
-        path = self.write_as(config, tensors={**self.a, **scales})
-        model = load_on_cpu(path)
-        self.assertEqual(model.model.layers[1].self_attn.attn.k_scale.item(), 0.25)
-        self.assertEqual(ModelConfig(path).kv_cache_quant_algo, "FP8")
-
     def test_what_does_not_fit_is_refused_by_the_checkpoints_names(self):
+        """More in test_mxfp8_update_check.py, by sglang's own names."""
         part = "model.layers.1.self_attn.k_proj"
         scale = f"{part}.weight_scale"
         short = {f"{scale}_inv": self.a[f"{scale}_inv"][:, :8].contiguous()}
         for ignore, tensors, reason in (
             ([], {**self.a, **short}, rf"{scale} .*is \[64, 16\], got \[64, 8\]"),
-            ([part], self.with_bf16(part), rf"qkv_proj is one layer.*{part} not"),
+            ([part], with_bf16(self.a, part), rf"qkv_proj is one layer.*{part} not"),
             (["*.[qkv]_proj"], self.a, r"_proj.weight is torch.float8_e4m3fn, but"),
         ):
             path = self.write_as(modelopt(ignore=ignore), tensors=tensors)
             with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
                 load_on_cpu(path)
 
+    def test_a_model_that_is_built_otherwise_than_asked(self):
+        choose = Mxfp8Plan([("model.a", True)]).chooser()
+        with self.assertRaisesRegex(ValueError, "model.b is built where model.a was"):
+            choose(None, "model.b")
+
     def test_experts_where_they_cannot_run(self):
         layer = "model.layers.3.mlp.experts"
-        reason = f"^{layer}: MXFP8 experts run on SM100"
         for sm100, cutlass in ((False, True), (True, False)):
             backend = mock.Mock(**{"is_cutlass.return_value": cutlass})
             with (
                 mock.patch.object(fp8, "is_sm100_supported", return_value=sm100),
                 mock.patch.object(fp8, "get_moe_runner_backend", return_value=backend),
-                self.assertRaisesRegex(ValueError, reason),
+                self.assertRaisesRegex(ValueError, f"^{layer}: MXFP8 experts run on"),
             ):
                 mxfp8_config()._require_mxfp8_experts(layer)
 
 
 class TestFlags(FormatTestCase):
-    """What --quantization makes of a checkpoint."""
+    """What ModelConfig makes of a checkpoint and of --quantization."""
 
-    def assert_becomes(self, expected: str, form: tuple, *flags) -> None:
-        path = self.write_as(*form)
-        for flag in flags:
-            config = ModelConfig(path, quantization=flag)
-            self.assertEqual(config.quantization, expected, (form, flag))
+    def test_what_becomes_of_it(self):
+        gptq = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
+        gptq |= dict(sym=True, checkpoint_format="gptq")
+        fp8_file = {HF_FILE: hf_quant_config(quant_algo="FP8")}
+        by_modelopt = None, "mxfp8", "modelopt", "modelopt_fp8"
+        for expected, form, *flags in (
+            *(("mxfp8", FORMATS[name], *by_modelopt) for name in [*FORMATS][:3]),
+            ("mxfp8", FORMATS[COMPRESSED], None, "mxfp8", COMPRESSED),
+            ("mxfp8", (compressed(group=W8A16),), "mxfp8"),
+            ("modelopt_fp8", (None, fp8_file), None),
+            ("gptq", (gptq,), None, "gptq"),
+        ):
+            path = self.write_as(*form)
+            for flag in flags:
+                with self.subTest(form=form, flag=flag):
+                    config = ModelConfig(path, quantization=flag)
+                    found = config.quantization.removesuffix("_marlin")
+                    self.assertEqual(found, expected)
 
-    def test_a_flag_may_name_the_format(self):
-        for name, form in FORMATS.items():
-            flags = ("compressed-tensors",)
-            if name != "compressed-tensors":
-                flags = "modelopt", "modelopt_fp8"
-            self.assert_becomes("mxfp8", form, None, "mxfp8", *flags)
-        self.assert_becomes("mxfp8", (compressed(group=W8A16),), "mxfp8")
+    def test_an_fp8_cache_is_told(self):
+        path = self.write_as(modelopt(kv_cache_scheme=FP8_CACHE))
+        self.assertEqual(ModelConfig(path).kv_cache_quant_algo, "FP8")
 
     def test_what_is_refused(self):
         mixed = mixed_modelopt("FP8", "MXFP8")
-        files = {"hf_quant_config.json": hf_quant_config(**mixed)}
-        others = "fp8", "awq", "compressed-tensors", "modelopt_fp4"
+        files = {HF_FILE: hf_quant_config(**mixed)}
+        others = "fp8", "awq", COMPRESSED, "modelopt_fp4"
         for reason, form, *flags in (
             ("AutoRound", (AUTO_ROUND,), None),
-            ("MIXED_PRECISION of FP8, MXFP8 is", (modelopt(**mixed),), None),
             ("MIXED_PRECISION of FP8, MXFP8", (None, files), None),
-            ("W8A16", (compressed(group=W8A16),), None),
             ("does not match", (modelopt(),), *others),
         ):
+            path = self.write_as(*form)
             for flag in flags:
                 with self.subTest(reason, flag=flag):
                     with self.assertRaisesRegex(ValueError, reason):
-                        self.assert_becomes("", form, flag)
-
-    def test_other_formats_stay_as_they_were(self):
-        files = {"hf_quant_config.json": hf_quant_config(quant_algo="FP8")}
-        self.assert_becomes("modelopt_fp8", (None, files), None)
-        gptq = dict(quant_method="gptq", bits=4, group_size=128, desc_act=False)
-        gptq |= dict(sym=True, checkpoint_format="gptq")
-        for flag in (None, "gptq"):
-            config = ModelConfig(self.write_as(gptq), quantization=flag)
-            self.assertNotEqual(config.quantization, "mxfp8")
+                        ModelConfig(path, quantization=flag)
 
 
 if __name__ == "__main__":

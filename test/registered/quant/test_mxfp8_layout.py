@@ -15,11 +15,8 @@ register_cpu_ci(est_time=40, suite="default")
 register_cuda_ci(est_time=40, suite="stage-b-test-small-1-gpu")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LIMITS = (
-    1,
-    4096,
-    layout.MAX_TEMPORARY_BYTES,
-)  # of temporary memory: several pieces, one
+# Of temporary memory: several pieces, one.
+LIMITS = (1, 4096, layout.MAX_TEMPORARY_BYTES)
 
 
 def random_bytes(rows: int, columns: int) -> torch.Tensor:
@@ -35,12 +32,7 @@ class TestMXFP8Layout(CustomTestCase):
             expected = shuffle_matrix_a(weight, 128)
             self.assertTrue(torch.equal(layout.shuffle_rows(weight), expected), (n, k))
 
-    @for_random(
-        40,
-        blocks=range(1, 10),
-        k=[1, 4, 24, 32, 33, 160, 576, 4096],
-        limit=LIMITS,
-    )
+    @for_random(40, blocks=range(1, 10), k=[1, 4, 24, 33, 160, 576, 4096], limit=LIMITS)
     def test_shuffle_in_place_equals_shuffle_and_is_undone(self, blocks, k, limit):
         weight = random_bytes(32 * blocks, k)
         work = weight.clone()
@@ -97,11 +89,7 @@ class TestMXFP8Layout(CustomTestCase):
         return tile * row_tile * 4 + inside
 
     @for_random(
-        60,
-        rows=range(1, 301),
-        groups=range(1, 21),
-        shuffle=(False, True),
-        limit=LIMITS,
+        60, rows=range(1, 301), groups=range(1, 21), shuffle=(False, True), limit=LIMITS
     )
     def test_swizzle_in_place_equals_swizzle_and_is_undone(
         self, rows, groups, shuffle, limit
@@ -123,21 +111,19 @@ class TestMXFP8Layout(CustomTestCase):
         self.assertTrue(torch.equal(room[: scale.numel()].view_as(scale), scale))
 
     def test_unswizzle_refuses_a_wrong_length(self):
-        with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
-            layout.unswizzle_scale(torch.zeros(512, dtype=torch.uint8), 200, 4)
-        with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
-            layout.swizzle_scale_(torch.zeros(512, dtype=torch.uint8), 200, 4, False)
+        short = torch.zeros(512, dtype=torch.uint8)
+        for refused in layout.unswizzle_scale, layout.swizzle_scale_:
+            with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
+                refused(short, 200, 4, shuffle=False)
 
 
 class TestMXFP8ShuffleKernel(CustomTestCase):
     """The Triton kernel where there is no GPU: interpreted, and compiled for one."""
 
-    def run_with_kernel(self, script: str, **env: str) -> None:
-        """Run `script` in a new Python, with the kernel's file imported as `kernel`."""
-        run_with_kernel(self, "shuffle_kernel", script, **env)
-
     def test_interpreted_kernel_shuffles_in_place_and_back(self):
-        self.run_with_kernel(
+        run_with_kernel(
+            self,
+            "shuffle_kernel",
             """
             import torch
 
@@ -159,7 +145,10 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
 
     def test_a_thread_reads_and_writes_only_its_own_16_bytes_of_a_row(self):
         # The kernel has no barrier, so it is right only if no value changes threads.
-        self.run_with_kernel("""
+        run_with_kernel(
+            self,
+            "shuffle_kernel",
+            """
             import triton
             from triton.backends.compiler import GPUTarget
             from triton.compiler import ASTSource
@@ -180,7 +169,8 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
                 assert compiled.metadata.shared == 0 and "bar.sync" not in ptx
                 for access in ("ld.global", "st.global"):
                     assert ptx.count(access) == ptx.count(access + ".v2.b64") == 5, ptx
-            """)
+            """,
+        )
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")

@@ -1,7 +1,6 @@
 """MXFP8 linear layers of a real sglang, kernels emulated: their life, calls, loading."""
 
 import contextlib
-import functools
 import time
 import types
 import unittest
@@ -16,37 +15,25 @@ from flashinfer.autotuner import AutoTuner, autotune
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
-from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+from sglang.srt.layers import linear, parameter
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from sglang.srt.layers.quantization import fp8, fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import emulation, routing, weights
-from sglang.srt.layers.quantization.mxfp8.layout import (
-    swizzle_scale,
-    swizzled_scale_numel,
-    unswizzle_scale_,
-)
-from sglang.srt.layers.quantization.mxfp8.lifecycle import (
-    as_mxfp8_raw_loader,
-    load_served_model,
-)
+from sglang.srt.layers.quantization.mxfp8 import emulation, layout, routing, weights
+from sglang.srt.layers.quantization.mxfp8.lifecycle import as_mxfp8_raw_loader
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize, quantize
-from sglang.srt.layers.quantization.mxfp8.routing import (
-    CUTLASS,
-    TRITON,
-    TRTLLM,
-    WEIGHT_ONLY,
-)
 from sglang.srt.layers.quantization.mxfp8.scale_layout import SF_LAYOUTS
-from sglang.srt.layers.quantization.mxfp8.weights import (
-    Form,
-    HalfMoved,
-    deferred_processing,
-    kernel_scale,
-)
+from sglang.srt.layers.quantization.mxfp8.weights import Form, HalfMoved
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    as_served,
     assert_multiplies,
     assert_product,
     for_random,
@@ -59,7 +46,7 @@ from sglang.test.mxfp8_utils import (
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="default")
+register_cpu_ci(est_time=70, suite="default")
 
 BACKENDS = ("flashinfer_trtllm", "flashinfer_cutlass")
 WEIGHT, SCALE = "weight", "weight_scale_inv"
@@ -74,13 +61,20 @@ def addresses(layer):
     return layer.weight.data_ptr(), layer.weight_scale_inv.data_ptr()
 
 
-def restored(layer):
-    """A layer's weight and scale as the checkpoint's bytes."""
-    layer.quant_method.restore_weights_before_loading(layer)
-    return layer.weight.data, layer.weight_scale_inv.data
+def concatenated(parts, dtype=torch.uint8) -> torch.Tensor:
+    return torch.cat([part.view(torch.uint8) for part in parts]).view(dtype)
 
 
-class TestLife(CustomTestCase):
+class LinearTestCase(CustomTestCase):
+    def assert_holds(self, layer, weight, scale):
+        """As the checkpoint's bytes."""
+        layer.quant_method.restore_weights_before_loading(layer)
+        self.assertTrue(same_bytes(layer.weight.data, weight))
+        self.assertTrue(same_bytes(layer.weight_scale_inv.data, scale))
+        self.assertEqual(layer.mxfp8_weights.unwritten(), [])
+
+
+class TestLife(LinearTestCase):
     @for_random(
         80,
         widths=[(8,), (32,), (96,), (128,), (160,), (200,), (576,), (960,), (1024,)]
@@ -102,46 +96,40 @@ class TestLife(CustomTestCase):
         `online` layers quantize bf16; `between` writes, layers go to kernel form.
         """
         torch.manual_seed(seed)
-        random, held = Random(seed), [{} for _ in widths]
+        random, n = Random(seed), sum(widths)
+        size, cls = list(widths), MergedColumnParallelLinear
+        if len(widths) == 1:
+            size, cls = n, ReplicatedLinear
         with envs.SGLANG_MXFP8_TRTLLM_SF_LAYOUT.override(sf_layout):
-            layer = self.build(widths, k, backend, dtype, not online)
+            layer = mxfp8_linear(size, k, backend, cls, not online, params_dtype=dtype)
         at = addresses(layer)
-        writes = [*product((WEIGHT,) if online else (WEIGHT, SCALE), range(len(held)))]
-        for size in len(writes), *random.choices(range(1, len(writes) + 1), k=2):
-            for name, shard in random.sample(writes, size):
-                tensors = random_mxfp8(widths[shard], k, random.randrange(1 << 16))
-                self.write(layer, held, name, shard, tensors, online, random)
+        # What the layer should hold, and the part of each shard.
+        whole = {WEIGHT: torch.zeros(n, k).to(torch.float8_e4m3fn)}
+        whole[SCALE] = torch.zeros(n, k // 32, dtype=torch.uint8)
+        parts = {name: tensor.split(widths) for name, tensor in whole.items()}
+        writes = [*product((WEIGHT,) if online else parts, range(len(widths)))]
+        for count in len(writes), *random.choices(range(1, len(writes) + 1), k=2):
+            for name, i in random.sample(writes, count):
+                weight, *quantized = random_mxfp8(
+                    widths[i], k, random.randrange(1 << 16)
+                )
+                new, sent = dict(zip(parts, quantized)), weight
+                if not online:
+                    new = {name: new[name]}
+                    sent = new[name].view(random.choice((new[name].dtype, RAW[name])))
+                for written, tensor in new.items():
+                    parts[written][i].copy_(tensor)
+                param = getattr(layer, name)
+                param.weight_loader(param, sent, *([i] if len(widths) > 1 else []))
                 if between:
                     process(layer)
             process(layer)
             process(layer)  # once is enough
-            whole = [
-                torch.cat([part[name].view(torch.uint8) for part in held]).view(dtype)
-                for name, dtype in ((WEIGHT, torch.float8_e4m3fn), (SCALE, torch.uint8))
-            ]
-            assert_multiplies(layer, torch.randn(m, k).to(dtype), *whole)
+            x = torch.randn(m, k).to(dtype)
+            assert_multiplies(layer, x, whole[WEIGHT], whole[SCALE])
             self.assert_one_copy(layer)
-            self.assertEqual(layer.mxfp8_weights.unwritten(), [])
-        for tensor, expected in zip(restored(layer), whole):
-            self.assertTrue(same_bytes(tensor, expected))
+        self.assert_holds(layer, whole[WEIGHT], whole[SCALE])
         self.assertEqual(addresses(layer), at)
-
-    def build(self, widths, k, backend, dtype, serialized):
-        n, cls = list(widths), MergedColumnParallelLinear
-        if len(widths) == 1:
-            n, cls = widths[0], ReplicatedLinear
-        return mxfp8_linear(n, k, backend, cls, serialized, params_dtype=dtype)
-
-    def write(self, layer, held, name, shard, tensors, online, random):
-        weight, *quantized = tensors
-        new = dict(zip((WEIGHT, SCALE), quantized))
-        sent = weight
-        if not online:
-            new = {name: new[name]}
-            sent = new[name].view(random.choice((new[name].dtype, RAW[name])))
-        held[shard].update(new)
-        param = getattr(layer, name)
-        param.weight_loader(param, sent, *([shard] if len(held) > 1 else []))
 
     def assert_one_copy(self, layer):
         """All tensors that the layer and its state hold, registered or not."""
@@ -152,7 +140,7 @@ class TestLife(CustomTestCase):
         (n, k), scale = layer.weight.shape, layer.weight_scale_inv
         self.assertEqual(scale.shape, (n, k // 32))
         is_padded = layer.mxfp8_weights.backend.is_flashinfer()
-        room = swizzled_scale_numel(*scale.shape) if is_padded else scale.numel()
+        room = layout.swizzled_scale_numel(n, k // 32) if is_padded else scale.numel()
         self.assertEqual(sorted(held.values()), sorted((n * k, room)))
 
     def test_loader_threads_write_parts_of_one_layer(self):
@@ -160,7 +148,7 @@ class TestLife(CustomTestCase):
 
         def slowly(*args):
             time.sleep(0.01)
-            unswizzle_scale_(*args)
+            layout.unswizzle_scale_(*args)
 
         self.enterContext(mock.patch.object(weights, "unswizzle_scale_", slowly))
         widths = [128] * 16
@@ -172,8 +160,7 @@ class TestLife(CustomTestCase):
                 for part in [pool.submit(load_mxfp8, layer, *part) for part in parts]:
                     part.result()
             process(layer)
-            for tensor, expected in zip(restored(layer), tensors):
-                self.assertTrue(same_bytes(tensor, expected))
+            self.assert_holds(layer, *tensors)
             process(layer)
 
     def test_mxfp8_quantizes_without_triton_kernels(self):
@@ -195,9 +182,118 @@ class TestLife(CustomTestCase):
                         found = fp8_utils.mxfp8_group_quantize(x)
                         for tensor, expected in zip(found, quantize(plain)):
                             self.assertTrue(same_bytes(tensor, expected))
-            self.assertRegex("".join(logs.output), "triton_kernels cannot be imported")
-            self.assertEqual(len(logs.output), 1)
+            [line] = logs.output
+            self.assertIn("triton_kernels cannot be imported", line)
             self.assertEqual(fp8_utils._triton_downcast.cache_info().misses, 1)
+
+
+HEADS = dict(total_num_heads=8, total_num_kv_heads=1)  # of 32 rows
+RANKS = ((0, 1), (0, 2), (1, 2))  # (rank, of how many)
+SHARDED = (  # class, its size, rows of its parts, their shard ids, the dimension split
+    (ReplicatedLinear, 256, [256], [None], 0),
+    (ColumnParallelLinear, 256, [256], [None], 0),
+    (RowParallelLinear, 256, [256], [None], 1),
+    (MergedColumnParallelLinear, [256, 128], [256, 128], [0, 1], 0),
+    (QKVParallelLinear, 32, [256, 32, 32], "qkv", 0),
+)
+
+
+class TestLoaderBranches(LinearTestCase):
+    """Each rank of each class, with the CPU's loaders and the GPU's: E8M0 scales keep
+    their bytes, and of a bf16 weight a rank quantizes its own shard, and nothing else.
+    """
+
+    def branches(self, ranks):
+        for rank, serialized, is_cpu in product(ranks, (True, False), (True, False)):
+            of_linears = mock.patch.object(linear, "_is_cpu", is_cpu)
+            of_parameters = mock.patch.object(parameter, "_is_cpu", is_cpu)
+            with self.subTest(rank=rank, serialized=serialized, is_cpu=is_cpu):
+                with of_linears, of_parameters:
+                    yield rank, serialized
+
+    def loaded(self, cls, size, rank, serialized, loads):
+        """A layer of a rank after `loads` of (bf16, e4m3, scale) and a shard id."""
+        more = dict(zip(("tp_rank", "tp_size"), rank))
+        more = {} if cls is ReplicatedLinear else more
+        more |= HEADS if cls is QKVParallelLinear else {}
+        layer = mxfp8_linear(size, 512, cls=cls, serialized=serialized, **more)
+        layer.weight_scale_inv.data.fill_(255)
+        with mock.patch.object(weights, "quantize", side_effect=quantize) as quantizer:
+            for (weight, values, scale), *shard in loads:
+                if serialized:
+                    load_mxfp8(layer, values, scale.view(RAW[SCALE]), *shard)
+                else:
+                    layer.weight.weight_loader(layer.weight, weight, *shard)
+        quantized = sum(call.args[0].numel() for call in quantizer.call_args_list)
+        self.assertLessEqual(quantized, layer.weight.numel())
+        return layer
+
+    @staticmethod
+    def shard_of(tensor, rank, dim):
+        return tensor.view(torch.uint8).chunk(rank[1], dim)[rank[0]]
+
+    def test_every_class(self):
+        """As a checkpoint has it that is fused on disk, and shard by shard."""
+        for cls, size, rows, shard_ids, dim in SHARDED:
+            parts = [random_mxfp8(n, 512, seed) for seed, n in enumerate(rows)]
+            fused = [concatenated(kind, kind[0].dtype) for kind in zip(*parts)]
+            ways = [[(fused,)]]
+            if len(parts) > 1:
+                ways.append(list(zip(parts, shard_ids)))
+            ranks = RANKS[:1] if cls is ReplicatedLinear else RANKS
+            for rank, serialized in self.branches(ranks):
+                # The one key-value head goes to both ranks.
+                held = [
+                    concatenated(
+                        t if i in ("k", "v") else self.shard_of(t, rank, dim)
+                        for i, t in zip(shard_ids, kind)
+                    )
+                    for kind in list(zip(*parts))[1:]
+                ]
+                for loads in ways:
+                    layer = self.loaded(cls, size, rank, serialized, loads)
+                    self.assert_holds(layer, *held)
+
+    def test_a_checkpoint_that_ends_within_the_last_rank(self):
+        """Its rest is zeros, as in Qwen2.5-VL's MLP."""
+        for rest in (128, 256):
+            tensors = random_mxfp8(256, 512 - rest)
+            padded = [
+                torch.nn.functional.pad(tensor.view(torch.uint8), (0, width))
+                for tensor, width in zip(tensors[1:], (rest, rest // 32))
+            ]
+            for rank, serialized in self.branches(RANKS[1:]):
+                args = RowParallelLinear, 256, rank, serialized, [(tensors,)]
+                held = [self.shard_of(tensor, rank, dim=1) for tensor in padded]
+                self.assert_holds(self.loaded(*args), *held)
+
+    def test_nan_and_infinity_are_refused_before_they_are_written(self):
+        """Of what is quantized here."""
+        whole = torch.ones(320, 512).bfloat16()
+        args = QKVParallelLinear, 32, RANKS[0], False, [((whole, None, None),)]
+        layer = self.loaded(*args)
+        before = layer.weight.clone(), layer.weight_scale_inv.clone()
+        for number, dtype, shard in product(
+            (float("nan"), float("inf"), -float("inf")),
+            (torch.bfloat16, torch.float16, torch.float32),
+            ((), ("v",)),
+        ):
+            bad = (2 * whole[-32:] if shard else 2 * whole).to(dtype)
+            bad[-1, -1] = number
+            layer.mxfp8_weights.to_kernel_form()
+            part = r" \(shard v\)" if shard else ""
+            message = f"m.proj.weight{part} holds NaN or infinity"
+            with self.subTest(number=number, dtype=dtype, part=part):
+                with self.assertRaisesRegex(ValueError, message):
+                    layer.weight.weight_loader(layer.weight, bad, *shard)
+                self.assert_holds(layer, *before)
+
+    def test_another_loader_that_does_not_copy_is_an_error(self):
+        layer = mxfp8_linear(256, 512, serialized=False)
+        with self.assertRaisesRegex(RuntimeError, "does not copy what it loads"):
+            layer.mxfp8_weights.write(
+                lambda param, loaded: None, layer.weight, torch.ones(256, 512)
+            )
 
 
 def triton_linear(
@@ -214,107 +310,100 @@ def triton_linear(
     return (x @ dequantize(weight, weight_scale).double().t()).to(output_dtype)
 
 
+TRTLLM, CUTLASS = BACKENDS
 CASES = (
     (TRTLLM, 256, 512, torch.bfloat16),  # 8x4 up to M = 128
     (TRTLLM, 160, 768, torch.bfloat16),  # N % 128 != 0: 128x4
     (TRTLLM, 2688, 256, torch.bfloat16),  # wide: 128x4
     (CUTLASS, 256, 288, torch.bfloat16),  # K / 32 = 9: padded groups
     (CUTLASS, 160, 576, torch.float16),
-    (TRITON, 256, 384, torch.bfloat16),
-    (TRITON, 128, 128, torch.float16),
-    (WEIGHT_ONLY, 40, 96, torch.bfloat16),
-    (WEIGHT_ONLY, 1000, 288, torch.float16),
-    (WEIGHT_ONLY, 40, 96, torch.float32),
+    ("triton", 256, 384, torch.bfloat16),
+    ("triton", 128, 128, torch.float16),
+    ("weight_only", 40, 96, torch.bfloat16),
+    ("weight_only", 1000, 288, torch.float16),
+    ("weight_only", 40, 96, torch.float32),
 )
 
 
-def on_every_backend(test):
-    """Run test(self, layer, weight, scale) for each of CASES, with a bias."""
+class TestCalls(CustomTestCase):
+    """The real linear method over backends, M, N, K and dtypes, with a bias."""
 
-    @functools.wraps(test)
-    def run(self):
-        with mock.patch.object(
-            fp8_utils, "triton_mxfp8_blockscaled_linear", triton_linear
-        ), mock.patch.multiple(
+    @classmethod
+    def setUpClass(cls):
+        stand_ins = dict(triton_mxfp8_blockscaled_linear=triton_linear)
+        cls.enterClassContext(mock.patch.multiple(fp8_utils, **stand_ins))
+        machine = mock.patch.multiple(
             routing,
             is_cuda=lambda: True,
             is_sm100_supported=lambda: True,
             get_device_capability=lambda: (12, 0),
-        ):
-            for backend, n, k, dtype in CASES:
-                flag = "flashinfer_trtllm" if backend == WEIGHT_ONLY else backend.value
-                layer, weight, scale = loaded_mxfp8_linear(
-                    n, k, flag, params_dtype=dtype, bias=True
-                )
-                layer.bias.data.normal_()
-                with self.subTest(backend=backend.value, n=n, k=k, dtype=dtype):
-                    self.assertEqual(layer.mxfp8_weights.backend, backend)
-                    test(self, layer, weight, scale)
+        )
+        cls.enterClassContext(machine)
 
-    return run
+    def every_layer(self):
+        """For each of CASES the layer, its weight and its scale."""
+        for backend, n, k, dtype in CASES:
+            flag = TRTLLM if backend == "weight_only" else backend
+            args = dict(params_dtype=dtype, bias=True)
+            layer, weight, scale = loaded_mxfp8_linear(n, k, flag, **args)
+            layer.bias.data.normal_()
+            with self.subTest(backend=backend, n=n, k=k, dtype=dtype):
+                self.assertEqual(layer.mxfp8_weights.backend.value, backend)
+                yield layer, weight, scale
 
+    def test_any_input(self):
+        for layer, weight, scale in self.every_layer():
+            k = weight.shape[1]
+            ms = (0, 1, 2, 7, 8, 9, 127, 128, 129, 300)
+            shapes = *((m,) for m in ms), (2, 0), (0, 3), (), (2, 3, 1)
+            for x in (
+                *(torch.randn(*shape, k) for shape in shapes),
+                torch.randn(5, 2 * k)[:, ::2],
+                torch.randn(k, 5).t(),
+                torch.randn(2, k, 3).transpose(1, 2),
+                torch.randn(4, k)[::2],
+            ):
+                assert_multiplies(layer, x.to(layer.params_dtype), weight, scale)
 
-class TestCalls(CustomTestCase):
-    """The real linear method over backends, M, N, K and dtypes."""
-
-    @on_every_backend
-    def test_any_input(self, layer, weight, scale):
-        k = weight.shape[1]
-        ms = (0, 1, 2, 7, 8, 9, 127, 128, 129, 300)
-        inputs = [torch.randn(m, k) for m in ms]
-        inputs += [torch.randn(*shape, k) for shape in ((2, 0), (0, 3), (), (2, 3, 1))]
-        inputs += [
-            torch.randn(5, 2 * k)[:, ::2],
-            torch.randn(k, 5).t(),
-            torch.randn(2, k, 3).transpose(1, 2),
-            torch.randn(4, k)[::2],
-        ]
-        for x in inputs:
-            assert_multiplies(layer, x.to(layer.params_dtype), weight, scale)
-
-    @on_every_backend
-    def test_quantized_input_with_a_linear_or_a_128x4_scale(self, layer, weight, scale):
-        def check(x, values, x_scale):
-            output = layer.quant_method.apply(layer, (values, x_scale))
+    def test_quantized_input_with_a_linear_or_a_128x4_scale(self):
+        def check(x, *quantized):
+            output = layer.quant_method.apply(layer, quantized)
             assert_product(output, x, weight, scale)
 
-        for m in (0, 5, 130):
-            x = torch.randn(m, weight.shape[1]).bfloat16()
-            values, x_scale = quantize(x)
-            check(x, values, x_scale)
-            check(x, values, swizzle_scale(x_scale))
-            check(x, values, x_scale.view(torch.float8_e8m0fnu))
-            strided = (t.t().contiguous().t() for t in (values, x_scale))
-            check(x, *strided)
-        x = torch.randn(2, 3, weight.shape[1]).bfloat16()
-        values, x_scale = quantize(x.flatten(0, 1))
-        check(x, values.view(2, 3, -1), x_scale.view(2, 3, -1))
-        for wrong in (
-            x_scale[:5],
-            x_scale.t(),
-            torch.cat([x_scale, x_scale]),
-            swizzle_scale(x_scale)[:-1],
-            x_scale.float(),
-        ):
-            with self.assertRaisesRegex(ValueError, r"must be uint8 \[6, .*128x4"):
-                check(x, values, wrong)
+        for layer, weight, scale in self.every_layer():
+            for m in (0, 5, 130):
+                x = torch.randn(m, weight.shape[1]).bfloat16()
+                values, x_scale = quantize(x)
+                check(x, values, x_scale)
+                check(x, values, layout.swizzle_scale(x_scale))
+                check(x, values, x_scale.view(torch.float8_e8m0fnu))
+                check(x, *(t.t().contiguous().t() for t in (values, x_scale)))
+            x = torch.randn(2, 3, weight.shape[1]).bfloat16()
+            values, x_scale = quantize(x.flatten(0, 1))
+            check(x, values.view(2, 3, -1), x_scale.view(2, 3, -1))
+            for wrong in (
+                x_scale[:5],
+                x_scale.t(),
+                torch.cat([x_scale, x_scale]),
+                layout.swizzle_scale(x_scale)[:-1],
+                x_scale.float(),
+            ):
+                with self.assertRaisesRegex(ValueError, r"must be uint8 \[6, .*128x4"):
+                    check(x, values, wrong)
 
-    @on_every_backend
-    def test_nan_and_infinity_give_what_the_quantizer_makes_of_them(
-        self, layer, weight, scale
-    ):
-        x = torch.randn(4, weight.shape[1]).to(layer.params_dtype)
-        clean = layer(x)[0]
-        x[1, 3], x[2, 40] = float("nan"), float("inf")
-        output = layer(x)[0]
-        self.assertTrue(output[1].isnan().all())
-        if not layer.mxfp8_weights.backend.is_weight_only():
-            expected = reference_linear(x[2:3], weight, scale) + layer.bias
-            torch.testing.assert_close(
-                output[2:3], expected.to(x.dtype), rtol=0.02, atol=0.05, equal_nan=True
-            )
-        for row in 0, 3:
-            self.assertTrue(torch.equal(output[row], clean[row]))
+    def test_nan_and_infinity_give_what_the_quantizer_makes_of_them(self):
+        for layer, weight, scale in self.every_layer():
+            x = torch.randn(4, weight.shape[1]).to(layer.params_dtype)
+            clean = layer(x)[0]
+            x[1, 3], x[2, 40] = float("nan"), float("inf")
+            output = layer(x)[0]
+            self.assertTrue(output[1].isnan().all())
+            if not layer.mxfp8_weights.backend.is_weight_only():
+                expected = reference_linear(x[2], weight, scale) + layer.bias
+                near = dict(rtol=0.02, atol=0.05, equal_nan=True)
+                torch.testing.assert_close(output[2], expected.to(x.dtype), **near)
+            for row in 0, 3:
+                self.assertTrue(torch.equal(output[row], clean[row]))
 
     def test_the_kernels_get_the_layout_of_the_rule(self):
         self.addCleanup(fp8_utils._kernels.cache_clear)
@@ -329,25 +418,22 @@ class TestCalls(CustomTestCase):
                     use_8x4 = gemm.call_args.kwargs["use_8x4_sf_layout"]
                     self.assertEqual(use_8x4, m <= up_to)
 
-    @on_every_backend
-    def test_compiled_once_for_every_m(self, layer, weight, scale):
+    def test_compiled_once_for_every_m(self):
         """One op per linear; the layout changes inside it, and nothing is recompiled."""
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(
-            lambda x: layer(x)[0], backend=counter, dynamic=True, fullgraph=True
-        )
-        for m in (2, 8, 9, 128, 129, 300, 0, 1):
-            x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
-            self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
-            if m > 1:  # torch.compile specializes on both
-                self.assertEqual(counter.frame_count, 1)
-        ops = [
-            node
-            for node in counter.graphs[0].graph.nodes
-            if node.op == "call_function" and "sglang" in str(node.target)
-        ]
-        self.assertEqual(len(ops), 1, ops)
+        for layer, weight, _ in self.every_layer():
+            torch._dynamo.reset()
+            counter = CompileCounterWithBackend("aot_eager")
+            compiled = torch.compile(
+                lambda x: layer(x)[0], backend=counter, dynamic=True, fullgraph=True
+            )
+            for m in (2, 8, 9, 128, 129, 300, 0, 1):
+                x = torch.randn(m, weight.shape[1]).to(layer.params_dtype)
+                self.assertTrue(torch.equal(compiled(x), layer(x)[0]))
+                if m > 1:  # torch.compile specializes on both
+                    self.assertEqual(counter.frame_count, 1)
+            nodes = counter.graphs[0].graph.nodes
+            calls = [node.target for node in nodes if node.op == "call_function"]
+            self.assertEqual(sum("sglang" in str(op) for op in calls), 1, calls)
 
     def test_the_op_has_a_right_fake(self):
         # Without padding: opcheck copies its inputs, and a copy carries only the view.
@@ -362,10 +448,10 @@ class TestCalls(CustomTestCase):
         )
 
     def test_the_two_halves_have_flashinfers_defaults(self):
-        layer, weight, scale = loaded_mxfp8_linear(256, 512, "flashinfer_cutlass")
+        layer, weight, scale = loaded_mxfp8_linear(256, 512, CUTLASS)
         x = torch.randn(9, 512).bfloat16()
         a, a_scale = fp8_utils.flashinfer_mxfp8_quantize(x)
-        room = kernel_scale(layer.weight_scale_inv.data)
+        room = weights.kernel_scale(layer.weight_scale_inv.data)
         output = fp8_utils.flashinfer_mm_mxfp8(
             a, layer.weight.t(), a_scale, room, out_dtype=torch.bfloat16
         )
@@ -388,22 +474,8 @@ def flashinfer_is(mxfp8_quantize, mm_mxfp8):
 class TestAutotuning(CustomTestCase):
     """FlashInfer's own tuner, around a stubbed GEMM."""
 
-    def tuning_in_gemm(self, version: str, use_8x4: bool) -> bool:
-        seen = []
-
-        def mm_mxfp8(*_, use_8x4_sf_layout):
-            seen.append(AutoTuner.get().is_tuning_mode)
-
-        with mock.patch.object(fp8_utils, "flashinfer_version", lambda: version):
-            guarded = fp8_utils._without_autotuning(mm_mxfp8, AutoTuner.get())
-            guarded(use_8x4_sf_layout=use_8x4)
-            self.assertEqual(seen, [False])  # nobody tunes
-            with autotune():
-                guarded(use_8x4_sf_layout=use_8x4)
-                self.assertTrue(AutoTuner.get().is_tuning_mode)
-        return seen[1]
-
     def test_the_gemm_is_not_tuned_before_0_6_14_nor_with_8x4(self):
+        gemm = mock.Mock(side_effect=lambda **_: AutoTuner.get().is_tuning_mode)
         for version, use_8x4, is_tuned in (
             ("0.6.7.post3", False, False),
             ("0.6.13.post1", False, False),
@@ -411,8 +483,15 @@ class TestAutotuning(CustomTestCase):
             ("0.6.14", True, False),
             ("0.6.14", False, True),
         ):
-            with self.subTest(version, use_8x4=use_8x4):
-                self.assertEqual(self.tuning_in_gemm(version, use_8x4), is_tuned)
+            with self.subTest(version, use_8x4=use_8x4), mock.patch.object(
+                fp8_utils, "flashinfer_version", lambda: version
+            ):
+                guarded = fp8_utils._without_autotuning(gemm, AutoTuner.get())
+                self.assertFalse(guarded(use_8x4_sf_layout=use_8x4))  # nobody tunes
+                with autotune():
+                    tuning = guarded(use_8x4_sf_layout=use_8x4)
+                    self.assertTrue(AutoTuner.get().is_tuning_mode)
+                self.assertEqual(tuning, is_tuned)
 
     def test_others_are_tuned_after_it_failed_and_the_log_says_so_once(self):
         fp8_utils._say_not_tuned.cache_clear()
@@ -494,48 +573,63 @@ class TestHostOverhead(CustomTestCase):
         self.assertEqual(b.data_ptr(), weight.data_ptr())
         self.assertEqual((b.shape, b.stride()), ((self.K, self.N), (1, self.K)))
         self.assertEqual(b_scale.data_ptr(), scale.data_ptr())
-        self.assertEqual(b_scale.shape, (swizzled_scale_numel(*scale.shape),))
+        self.assertEqual(b_scale.shape, (layout.swizzled_scale_numel(*scale.shape),))
         self.assertEqual(output.data_ptr(), made.data_ptr())
         self.assertEqual(output.shape, (*x.shape[:-1], self.N))
 
 
 def named(i, weight, scale):
-    """A layer's tensors as the checkpoint of `TestLoading.load_model` names them."""
+    """A layer's tensors as a checkpoint of `model_of` names them."""
     return [(f"layers.{i}.{WEIGHT}", weight), (f"layers.{i}.{SCALE}", scale)]
+
+
+def model_of(*layers):
+    """A model of these layers, not loaded yet."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(layers)
+
+    def load_weights(weights):
+        for name, tensor in weights:
+            param = model.get_parameter(name)
+            param.weight_loader(param, tensor)
+
+    model.load_weights = load_weights
+    return model
+
+
+# How a parameter gets out of the memory that was made for it, or shares it.
+def in_memory_of_the_same_size(model, param):
+    param.data = param.data.clone()
+
+
+def elsewhere_in_its_own_memory(model, param):
+    param.data = param.data[8:]
+
+
+def with_an_alias(model, param):
+    model.w1 = param.data.view(-1)
+
+
+def in_two_modules(model, param):
+    model.register_parameter("tied", param)
+
+
+MOVES = in_memory_of_the_same_size, elsewhere_in_its_own_memory
+ALIASES = with_an_alias, in_two_modules
 
 
 class TestLoading(CustomTestCase):
     def test_other_dtypes_are_refused_by_name(self):
-        layer = mxfp8_linear(256, 512)
-        weight, values, scale = random_mxfp8(256, 512)
-        with self.assertRaisesRegex(
-            ValueError, "m.proj.weight holds .*got torch.bfloat16"
+        bf16, weight, scale = random_mxfp8(256, 512)
+        for serialized, name, tensor, reason in (
+            (True, WEIGHT, bf16, "m.proj.weight holds .*got torch.bfloat16"),
+            (True, SCALE, scale.float(), "m.proj.weight_scale_inv holds"),
+            (False, WEIGHT, weight, "quantizes bf16, fp16 or fp32"),
+            (False, SCALE, scale, "makes the scales itself"),
         ):
-            load_mxfp8(layer, weight, scale)
-        with self.assertRaisesRegex(ValueError, "m.proj.weight_scale_inv holds"):
-            load_mxfp8(layer, values, scale.float())
-        online = mxfp8_linear(256, 512, serialized=False)
-        with self.assertRaisesRegex(ValueError, "quantizes bf16, fp16 or fp32"):
-            load_mxfp8(online, values, scale)
-        with self.assertRaisesRegex(ValueError, "makes the scales itself"):
-            online.weight_scale_inv.weight_loader(online.weight_scale_inv, scale)
-
-    def load_model(self, *layers, tensors=(), model=None):
-        """A model of these layers after its loader wrote `tensors`, as `named` gives them."""
-        model = model or torch.nn.Module()
-        model.layers = torch.nn.ModuleList(layers)
-
-        def load_weights(weights):
-            for name, tensor in weights:
-                param = model.get_parameter(name)
+            param = getattr(mxfp8_linear(256, 512, serialized=serialized), name)
+            with self.subTest(reason), self.assertRaisesRegex(ValueError, reason):
                 param.weight_loader(param, tensor)
-
-        model.load_weights = load_weights
-        loader = mock.Mock(load_config=LoadConfig())
-        loader.load_model = lambda **_: model.load_weights(tensors) or model
-        # It has no model class, so there is no copy to check updates with.
-        with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-            return load_served_model(loader, None, None)
 
     def test_a_layer_without_scales_stops_the_load_by_name(self):
         full, bare = mxfp8_linear(256, 512), mxfp8_linear(256, 512)
@@ -544,11 +638,11 @@ class TestLoading(CustomTestCase):
         with self.assertRaisesRegex(
             ValueError, "1 MXFP8 tensors: layers.1.weight_scale_inv"
         ):
-            self.load_model(full, bare, tensors=named(0, weight, scale))
+            as_served(model_of(full, bare), named(0, weight, scale))
 
     def test_a_load_holds_its_own_layers_and_no_others(self):
         served = mxfp8_linear(256, 512)
-        with deferred_processing():
+        with weights.deferred_processing():
             loading = mxfp8_linear(256, 512)
             with ThreadPoolExecutor() as pool:
                 for layer in served, loading:
@@ -558,7 +652,7 @@ class TestLoading(CustomTestCase):
 
     def test_updates_from_threads_and_past_the_loaders(self):
         layers = mxfp8_linear(256, 512), mxfp8_linear(160, 512)
-        model = self.load_model(*layers)
+        model = as_served(model_of(*layers))
 
         def custom_loader(model, _):
             with ThreadPoolExecutor() as pool:
@@ -569,12 +663,13 @@ class TestLoading(CustomTestCase):
         def from_the_model(model, _):
             model.load_weights(named(0, *tensors[0]) + named(1, *tensors[1]))
 
-        for update in as_mxfp8_raw_loader(custom_loader), from_the_model:
-            seed = torch.randint(1 << 16, ()).item()
+        for seed, update in enumerate(
+            (as_mxfp8_raw_loader(custom_loader), from_the_model)
+        ):
             tensors = [random_mxfp8(n, 512, seed)[1:] for n in (256, 160)]
             update(model, [])
-            for layer, (weight, scale) in zip(layers, tensors):
-                assert_multiplies(layer, torch.randn(3, 512).bfloat16(), weight, scale)
+            for layer, own in zip(layers, tensors):
+                assert_multiplies(layer, torch.randn(3, 512).bfloat16(), *own)
 
     def test_other_models_are_left_alone(self):
         model = torch.nn.Linear(2, 2)
@@ -584,52 +679,27 @@ class TestLoading(CustomTestCase):
 
     def test_a_parameter_that_is_not_alone_in_its_memory_is_refused(self):
         """Whatever put it there, before anything moves; and as soon as it is loaded."""
-
-        def other_place(model, param):
-            memory = torch.zeros(1 << 20, dtype=param.dtype)
-            param.data = memory[64 : 64 + param.numel()].view(param.shape)
-
-        def start_of_a_larger_memory(model, param):
-            memory = torch.zeros(1 << 20, dtype=param.dtype)
-            param.data = memory[: param.numel()].view(param.shape)
-
-        def memory_of_the_same_size(model, param):
-            param.data = param.data.clone()
-
-        def elsewhere_in_its_own_memory(model, param):
-            param.data = param.data[8:]
-
-        def an_alias(model, param):
-            model.w1 = param.data.view(-1)
-
-        def another_module(model, param):
-            model.tied = torch.nn.Module()
-            model.tied.weight = param
-
-        moved = (other_place, start_of_a_larger_memory, memory_of_the_same_size)
-        moved += (elsewhere_in_its_own_memory,)
         # The last is too narrow for FlashInfer, and has no room behind its scale.
-        shapes = ("flashinfer_trtllm", 160), ("flashinfer_cutlass", 160), ("auto", 40)
-        moves = *moved, an_alias, another_module
-        for move, name, (backend, n) in product(moves, (WEIGHT, SCALE), shapes):
-            with self.subTest(move.__name__, name=name, backend=backend):
+        shapes = (TRTLLM, 160), (CUTLASS, 160), ("auto", 40)
+        changes = *MOVES, *ALIASES
+        for change, name, (backend, n) in product(changes, RAW, shapes):
+            with self.subTest(change.__name__, name=name, backend=backend):
                 layers = [mxfp8_linear(n, 512, backend) for _ in "ab"]
-                model = torch.nn.Module()
-                model.layers = torch.nn.ModuleList(layers)
-                move(model, getattr(layers[1], name))
+                model = model_of(*layers)
+                change(model, getattr(layers[1], name))
                 message = f"layers.1 .*its {name} was put into other memory"
                 with self.assertRaisesRegex(ValueError, message):
-                    self.load_model(*layers, model=model)
+                    as_served(model)
                 for layer in layers:
                     self.assertNotEqual(layer.mxfp8_weights.form, Form.KERNEL)
-                if move in moved:
+                if change in MOVES:
                     with self.assertRaisesRegex(ValueError, message):
                         load_mxfp8(layers[1], *random_mxfp8(n, 512)[1:])
 
     def test_a_layer_left_half_rearranged_stops_the_server(self):
         layers = mxfp8_linear(256, 512), mxfp8_linear(256, 512)
         tensors = [named(i, *random_mxfp8(256, 512, i)[1:]) for i in range(2)]
-        model = self.load_model(*layers, tensors=tensors[0] + tensors[1])
+        model = as_served(model_of(*layers), tensors[0] + tensors[1])
         self.enterContext(mock.patch.object(weights, "_half_moved", None))
         runner = mock.MagicMock()
         ModelRunner.forward(runner, None)

@@ -17,25 +17,24 @@ import types
 import unittest
 from itertools import product
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from transformers import DeepseekV3ForCausalLM
 
-from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.environ import envs
 from sglang.srt.layers import deep_gemm_wrapper
 from sglang.srt.layers.quantization.mxfp8.lifecycle import (
     as_mxfp8_raw_loader,
     load_mxfp8_tensors_directly,
-    load_served_model,
 )
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     CpuServer,
     as_reference,
+    as_served,
     assert_as_close_as_bf16,
     deepseek_v3,
     load_mxfp8,
@@ -45,6 +44,7 @@ from sglang.test.mxfp8_utils import (
     random_mxfp8,
     same_bytes,
     write_checkpoint,
+    write_past_the_loaders,
 )
 from sglang.test.test_utils import CustomTestCase
 
@@ -77,20 +77,17 @@ def load(attn, seed: int) -> tuple:
     return means[:, :NOPE], means[:, NOPE:].transpose(1, 2)
 
 
-DEEPSEEK, KIMI = (
-    "deepseek_v2.DeepseekV3ForCausalLM",
-    "kimi_linear.KimiLinearForCausalLM",
-)
 # Where a model's class is; its reader is post_load_weights, or the end of load_weights.
 READERS = (
-    DEEPSEEK,
+    "deepseek_v2.DeepseekV3ForCausalLM",
     "deepseek_nextn.DeepseekV3ForCausalLMNextN",
     "longcat_flash.LongcatFlashForCausalLM",
     "longcat_flash_nextn.LongcatFlashForCausalLMNextN",
     "bailing_moe_linear.BailingMoeV2_5ForCausalLM",
-    KIMI,
+    "kimi_linear.KimiLinearForCausalLM",
     "minicpm3.MiniCPM3ForCausalLM",
 )
+DEEPSEEK, KIMI, MINICPM3 = READERS[0], *READERS[-2:]
 
 
 def read(reader: str, attn) -> None:
@@ -102,17 +99,12 @@ def read(reader: str, attn) -> None:
         cls = getattr(importlib.import_module(f"sglang.srt.models.{module}"), name)
     own = [attn, attn] if module == "longcat_flash" else attn
     layer = SimpleNamespace(self_attn=own, attention=attn)
+    layers = dict(layers=[layer], decoder=layer, start_layer=0, end_layer=1)
+    config = dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora", "is_moe"), False)
+    config |= dict(num_hidden_layers=1, full_attention_layer_ids=[0])
     model = SimpleNamespace(
-        model=SimpleNamespace(
-            layers=[layer], decoder=layer, start_layer=0, end_layer=1
-        ),
-        config=SimpleNamespace(
-            num_hidden_layers=1,
-            mla_scale_q_lora=False,
-            mla_scale_kv_lora=False,
-            is_moe=False,
-            full_attention_layer_ids=[0],
-        ),
+        model=SimpleNamespace(**layers),
+        config=SimpleNamespace(**config),
         quant_config=mxfp8_config(),
         num_experts=0,
         named_parameters=list,
@@ -143,28 +135,31 @@ class TestReaders(CustomTestCase):
             switches = dict(ENABLE_JIT_DEEPGEMM=on_sm100, DEEPGEMM_SCALE_UE8M0=on_sm100)
             wants = mock.patch.multiple(deep_gemm_wrapper, **switches)
             with self.subTest(reader, on_sm100=on_sm100), wants:
-                self.check_reads(reader)
+                self.check_reads(reader, attention())
+        for backend, v in (
+            ("flashinfer_cutlass", V),
+            ("flashinfer_cutlass", 40),  # N = 272, no multiple of 32: weight_only
+        ):
+            with self.subTest(backend=backend, v=v):
+                attn = attention(backend, v)
+                is_weight_only = attn.kv_b_proj.mxfp8_weights.backend.is_weight_only()
+                self.assertEqual(is_weight_only, v == 40)
+                self.check_reads(DEEPSEEK, attn)
 
-    def check_reads(self, reader: str) -> None:
-        attn = attention()
-        weights = attn.kv_b_proj.mxfp8_weights
-        expected = load(attn, seed=0)
-        read(reader, attn)
-        self.assert_read(attn, expected)
-        addresses = attn.w_kc.data_ptr(), attn.w_vc.data_ptr()
-        weights.to_kernel_form()
-        kernel_bytes = attn.kv_b_proj.weight.clone()
-        read(reader, attn)
-        self.assert_read(attn, expected)
-        self.assertTrue(same_bytes(attn.kv_b_proj.weight, kernel_bytes))
-        for seed in (1, 2):
+    def check_reads(self, reader: str, attn) -> None:
+        weights, kv_b_proj, addresses = attn.kv_b_proj.mxfp8_weights, attn.kv_b_proj, []
+        for seed in range(3):
             expected = load(attn, seed)
             read(reader, attn)
             self.assert_read(attn, expected)
+            addresses.append((attn.w_kc.data_ptr(), attn.w_vc.data_ptr()))
             weights.to_kernel_form()
-        if reader not in READERS[-2:]:  # these two make new tensors
-            held = attn.w_kc.data_ptr(), attn.w_vc.data_ptr()
-            self.assertEqual(held, addresses)
+            kernel_bytes = kv_b_proj.weight.clone()
+            read(reader, attn)
+            self.assert_read(attn, expected)
+            self.assertTrue(same_bytes(kv_b_proj.weight, kernel_bytes))
+        if reader not in (KIMI, MINICPM3):  # these two make new tensors
+            self.assertEqual(len(set(addresses)), 1)
 
     def served(self, attn, reader: str):
         """A model of kv_b_proj alone, whose reader is its own, a child's, or Kimi's, which
@@ -178,49 +173,26 @@ class TestReaders(CustomTestCase):
             model.load_weights = lambda _: read(KIMI, attn)
         else:
             owner.post_load_weights = lambda: read(DEEPSEEK, attn)
-        loader = mock.Mock(load_config=LoadConfig())
-        loader.load_model.return_value = model
-        config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Tiny"]))
-        # No model class, so no copy of it to check updates with.
-        with envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True):
-            return load_served_model(loader, config, None)
+        hf_config = SimpleNamespace(architectures=["Tiny"])
+        return as_served(model, model_config=SimpleNamespace(hf_config=hf_config))
 
     def test_raw_writes_remake_what_was_read(self):
         for reader in "own", "child's", "load_weights":
             with self.subTest(reader):
                 attn = attention()
+                expected = load(attn, seed=1)
+                weight, scale = attn.kv_b_proj.weight, attn.kv_b_proj.weight_scale_inv
+                sent = {
+                    "kv_b_proj.weight": weight.clone(),
+                    "kv_b_proj.weight_scale_inv": scale.clone(),
+                }
                 load(attn, seed=0)
                 model = self.served(attn, reader)
-                _, weight, scale = random_mxfp8(*attn.kv_b_proj.weight.shape, seed=1)
-                sent = {"weight": weight, "weight_scale_inv": scale}
-                load_mxfp8_tensors_directly(
-                    model, [(f"kv_b_proj.{name}", t) for name, t in sent.items()]
-                )
-                expected = load(attention(), seed=1)
+                load_mxfp8_tensors_directly(model, sent.items())
                 self.assert_read(attn, expected)
-
-                def custom_loader(model, tensors):
-                    for name, tensor in tensors:
-                        getattr(model.kv_b_proj, name).data.copy_(tensor)
-
-                sent["weight_scale_inv"] = scale + 1
-                as_mxfp8_raw_loader(custom_loader)(model, list(sent.items()))
+                sent["kv_b_proj.weight_scale_inv"] += 1
+                as_mxfp8_raw_loader(write_past_the_loaders)(model, list(sent.items()))
                 self.assert_read(attn, [2 * means for means in expected])
-
-    def test_every_kernel_form_is_read(self):
-        for backend, v in (
-            ("flashinfer_trtllm", V),
-            ("flashinfer_cutlass", V),
-            ("flashinfer_cutlass", 40),  # N = 272, no multiple of 32: weight_only
-        ):
-            with self.subTest(backend=backend, v=v):
-                attn = attention(backend, v)
-                weights = attn.kv_b_proj.mxfp8_weights
-                self.assertEqual(weights.backend.is_weight_only(), v == 40)
-                expected = load(attn, seed=0)
-                weights.to_kernel_form()
-                read(DEEPSEEK, attn)
-                self.assert_read(attn, expected)
 
 
 # Makes MLA on torch_native absorb kv_b_proj in prefill too; see the module's docstring.
@@ -249,7 +221,7 @@ CONFIG = deepseek_v3(
     num_nextn_predict_layers=0,
     initializer_range=1 / 16,  # so that attention matters
 )
-PROMPT = torch.randint(3, 512, (96,), generator=torch.Generator().manual_seed(7))
+PROMPT = Random(7).choices(range(3, 512), k=96)
 
 
 class TestDeepseekV3ServerCpu(CustomTestCase):
@@ -270,18 +242,18 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
         env = {"SGLANG_EXTERNAL_MODEL_PACKAGE": package.name, "PYTHONPATH": search}
         server = CpuServer(cls.paths[0], "--skip-tokenizer-init", env=env)
         cls.server = cls.enterClassContext(server)
-        cls.at_start = server.logprobs(PROMPT.tolist())
+        cls.at_start = server.logprobs(PROMPT)
 
     def tearDown(self):
         """Back to checkpoint 0, bit for bit."""
         self.assert_succeeds(self.server.update_from_disk(self.paths[0]))
-        served = self.server.logprobs(PROMPT.tolist())
+        served = self.server.logprobs(PROMPT)
         self.assertTrue(torch.equal(served, self.at_start))
 
     def assert_succeeds(self, result: dict) -> None:
         self.assertTrue(result["success"], result["message"])
 
-    def assert_agrees(self, tensors: dict, served=None, ids=PROMPT.tolist()) -> None:
+    def assert_agrees(self, tensors: dict, served=None, ids=PROMPT) -> None:
         """`served` is of the last ids; by default, the server is asked."""
         served = self.server.logprobs(ids) if served is None else served
         model = as_reference(DeepseekV3ForCausalLM(CONFIG), tensors)
@@ -301,24 +273,18 @@ class TestDeepseekV3ServerCpu(CustomTestCase):
             "model.layers.0.self_attn.kv_a_proj_with_mqa",
         ):
             with self.subTest(layer):
-                sent = [n for n in tensors if n.startswith(f"{layer}.")]
-                self.assertEqual(len(sent), 2)
-                for name in sent:
+                for name in f"{layer}.weight", f"{layer}.weight_scale_inv":
                     tensors[name] = self.tensors[1][name]
                     result = self.server.update_from_tensor([(name, tensors[name])])
                     self.assert_succeeds(result)
                 self.assert_agrees(tensors)
 
     def test_decode(self):
-        generated = self.server.post(
-            "/generate",
-            input_ids=PROMPT.tolist(),
-            sampling_params=dict(max_new_tokens=16, temperature=0, ignore_eos=True),
-            return_logprob=True,
-        )["meta_info"]["output_token_logprobs"]
-        served = torch.tensor([logprob for logprob, _, _ in generated])
-        ids = PROMPT.tolist() + [token for _, token, _ in generated]
-        self.assert_agrees(self.tensors[0], served, ids)
+        sampling = dict(max_new_tokens=16, temperature=0, ignore_eos=True)
+        body = dict(input_ids=PROMPT, sampling_params=sampling, return_logprob=True)
+        meta = self.server.post("/generate", **body)["meta_info"]
+        served, tokens, _ = zip(*meta["output_token_logprobs"])
+        self.assert_agrees(self.tensors[0], torch.tensor(served), [*PROMPT, *tokens])
 
 
 if __name__ == "__main__":

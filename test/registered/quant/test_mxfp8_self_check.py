@@ -1,7 +1,6 @@
 """Kernels with planted faults, and what a server does about each before it answers."""
 
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,22 +12,13 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import emulation, routing, self_check
-from sglang.srt.layers.quantization.mxfp8.layout import (
-    shuffle_rows,
-    swizzle_scale,
-    swizzled_scale_numel,
-    unswizzle_scale,
-)
-from sglang.srt.layers.quantization.mxfp8.routing import (
-    CUTLASS,
-    TRTLLM,
-    WEIGHT_ONLY,
-)
+from sglang.srt.layers.quantization.mxfp8 import emulation, layout, routing, self_check
+from sglang.srt.layers.quantization.mxfp8.routing import CUTLASS, TRTLLM, WEIGHT_ONLY
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
     init_single_process_parallel_state,
+    loaded_mxfp8_linear,
     mxfp8_config,
     random_mxfp8,
     reference_linear,
@@ -63,54 +53,50 @@ def with_scales(change, which):
     def faulty(a, b, *scales, **options):
         scales, rows = list(scales), (a.shape[0], b.shape[1])[which]
         tile = 8 if options["use_8x4_sf_layout"] and which == 0 else 128
-        plain = unswizzle_scale(scales[which], rows, K // 32, tile)
-        scales[which] = swizzle_scale(change(plain).contiguous(), tile)
+        plain = layout.unswizzle_scale(scales[which], rows, K // 32, tile)
+        scales[which] = layout.swizzle_scale(change(plain).contiguous(), tile)
         return multiply(a, b, *scales, **options)
 
     return faulty
 
 
 def rows_not_shuffled(a, b, *scales, **options):
-    return multiply(a, shuffle_rows(b.t().contiguous()).t(), *scales, **options)
+    shuffled_twice = layout.shuffle_rows(b.t().contiguous()).t()
+    return multiply(a, shuffled_twice, *scales, **options)
 
 
 def reads_8x4_as_128x4(a, b, a_scale, b_scale, use_8x4_sf_layout, **options):
-    length = swizzled_scale_numel(a.shape[0], K // 32)
+    length = layout.swizzled_scale_numel(a.shape[0], K // 32)
     a_scale = torch.nn.functional.pad(a_scale, (0, length - a_scale.numel()), value=127)
     return multiply(a, b, a_scale, b_scale, **options)
 
 
+def only_columns(a, start, end):
+    """`a` with zeros everywhere else."""
+    column = torch.arange(a.shape[1])
+    outside = (column < start) | (column >= end)
+    return a.view(torch.uint8).masked_fill(outside, 0).view(a.dtype)
+
+
 def without_the_k_tail(a, *args, **options):
-    a = a.view(torch.uint8).clone()
-    a[:, -32:] = 0
-    return multiply(a.view(torch.float8_e4m3fn), *args, **options)
+    return multiply(only_columns(a, 0, a.shape[1] - 32), *args, **options)
 
 
 def with_fp16_sums(a, *args, **options):
     total = 0
     for start in range(0, K, 32):
-        part = torch.zeros_like(a.view(torch.uint8))
-        part[:, start : start + 32] = a.view(torch.uint8)[:, start : start + 32]
-        product = multiply(part.view(torch.float8_e4m3fn), *args, **options)
+        product = multiply(only_columns(a, start, start + 32), *args, **options)
         total = (total + product.half()).half()
     return total.bfloat16()
 
 
 def reads_padded_columns(a, b, a_scale, b_scale, **options):
     """As a kernel that reads whole tiles of scales: zero times what padding holds."""
-    output = multiply(a, b, a_scale, b_scale, **options)
     groups = a.shape[1] // 32
-    padded = unswizzle_scale(a_scale, a.shape[0], -(-groups // 4) * 4)
-    return (
-        output
-        + (
-            0.0
-            * padded[:, groups:]
-            .float()
-            .masked_fill(padded[:, groups:] == 255, math.nan)
-            .sum()
-        ).bfloat16()
-    )
+    whole = layout.align(groups, layout.SCALE_GROUP_TILE)
+    padding = layout.unswizzle_scale(a_scale, a.shape[0], whole)[:, groups:]
+    as_numbers = padding.bfloat16().masked_fill(padding == 255, math.nan)
+    return multiply(a, b, a_scale, b_scale, **options) + 0.0 * as_numbers.sum()
 
 
 def raises(*args, **options):
@@ -140,59 +126,40 @@ FAULTS = {
 }
 
 
-def kernels(fault, backends):
-    """`fp8_utils._kernels` with a faulty product of the backends that are named."""
-
-    def product(*args, **options):
-        is_faulty = options["backend"] in backends
-        return (fault if is_faulty else multiply)(*args, **options)
-
-    return lambda _: (emulation.mxfp8_quantize, product)
-
-
 class TestSelfCheck(CustomTestCase):
     """FlashInfer's backends emulated, as on a machine without a GPU."""
 
     @classmethod
     def setUpClass(cls):
-        init_single_process_parallel_state()
         cls.enterClassContext(mock.patch.object(routing, "is_cuda", lambda: False))
 
-    def check(self, fault, flag="auto", n=N, k=K, backends="trtllm", gather=None):
-        """A layer after the check of its kernel; multiplies rightly, or the test fails."""
-        with fp8_gemm_backend(flag), mock.patch.object(
-            fp8_utils, "_kernels", kernels(fault, backends)
-        ):
-            layer = ReplicatedLinear(
-                *(k, n),
-                bias=False,
-                params_dtype=torch.bfloat16,
-                quant_config=mxfp8_config(),
-                prefix="m.proj",
-            )
-            _, weight, scale = random_mxfp8(n, k)
-            layer.weight.weight_loader(layer.weight, weight)
-            layer.weight_scale_inv.weight_loader(layer.weight_scale_inv, scale)
-            layer.quant_method.process_weights_after_loading(layer)
-            self_check._warn.cache_clear()
-            self_check.check_kernels([layer.mxfp8_weights], gather or (lambda x: [x]))
+    def check(self, fault, flag="auto", k=K, backends="trtllm", gather=None):
+        """A layer after the check of its kernel, which is faulty on the backends that are
+        named; multiplies rightly, or the test fails."""
+
+        def product(*args, **options):
+            is_faulty = options["backend"] in backends
+            return (fault if is_faulty else multiply)(*args, **options)
+
+        kernels = emulation.mxfp8_quantize, product
+        self_check._warn.cache_clear()
+        with mock.patch.object(fp8_utils, "_kernels", lambda _: kernels):
+            layer, weight, scale = loaded_mxfp8_linear(N, k, flag)
+            weights = layer.mxfp8_weights
+            self_check.check_kernels([weights], gather or (lambda x: [x]))
             x = torch.randn(5, k).bfloat16()
-            expected = reference_linear(
-                x,
-                weight,
-                scale,
-                quantize_input=not layer.mxfp8_weights.backend.is_weight_only(),
-            )
-            torch.testing.assert_close(
-                layer(x)[0], expected.bfloat16(), rtol=0.02, atol=0.05
-            )
-        return layer.mxfp8_weights
+            quantized = not weights.backend.is_weight_only()
+            expected = reference_linear(x, weight, scale, quantized).bfloat16()
+            torch.testing.assert_close(layer(x)[0], expected, rtol=0.02, atol=0.05)
+        return weights
 
     def test_right_kernels_pass(self):
         for k in K, 288:
             with self.assertLogs("sglang", "INFO") as logs:
                 self.check(multiply, k=k)
             self.assertRegex(logs.output[-1], "1 kernels are right; .* of its bound")
+        for one_step in 1, -1:  # is rounding
+            self.assertEqual(self.check(steps(one_step)).backend, TRTLLM)
 
     def test_each_fault_moves_the_layer_to_the_next_backend(self):
         for name, fault in FAULTS.items():
@@ -220,63 +187,47 @@ class TestSelfCheck(CustomTestCase):
                 self.check(raises)
 
     def test_8x4_alone_is_given_up(self):
+        def wrong_with_8x4(*args, **options):
+            is_wrong = options["use_8x4_sf_layout"]
+            return (reads_8x4_as_128x4 if is_wrong else multiply)(*args, **options)
+
         for flag in "auto", "flashinfer_trtllm":
             with self.assertLogs("sglang", "WARNING") as logs:
-                weights = self.check(
-                    lambda *args, use_8x4_sf_layout, **options: (
-                        reads_8x4_as_128x4 if use_8x4_sf_layout else multiply
-                    )(*args, use_8x4_sf_layout=use_8x4_sf_layout, **options),
-                    flag,
-                )
+                weights = self.check(wrong_with_8x4, flag)
             self.assertEqual((weights.backend, weights.choice.max_m_8x4), (TRTLLM, 0))
             self.assertIn("8x4 scales is wrong", logs.output[0])
 
     def test_padding_that_is_not_zero(self):
-        self.assertEqual(
-            self.check(reads_padded_columns, k=288, backends="cutlass").backend, CUTLASS
-        )
         quantize = emulation.mxfp8_quantize
 
-        def quantize_with_padding(x, use_8x4_sf_layout=False):
+        def with_padding(x, use_8x4_sf_layout=False):
             values, scale = quantize(x, use_8x4_sf_layout)
-            padding = (
-                swizzle_scale(torch.ones(x.shape[0], x.shape[1] // 32).byte()) == 0
-            )
-            return values, scale.masked_fill(padding, 255)
+            ones = torch.ones(x.shape[0], x.shape[1] // 32, dtype=torch.uint8)
+            return values, scale.masked_fill(layout.swizzle_scale(ones) == 0, 255)
 
-        with mock.patch.object(emulation, "mxfp8_quantize", quantize_with_padding):
-            weights = self.check(reads_padded_columns, k=288, backends="cutlass")
-        self.assertEqual(weights.backend, WEIGHT_ONLY)
-
-    def test_one_step_is_rounding(self):
-        for count in 1, -1:
-            self.assertEqual(self.check(steps(count)).backend, TRTLLM)
+        for quantizer, expected in (quantize, CUTLASS), (with_padding, WEIGHT_ONLY):
+            with mock.patch.object(emulation, "mxfp8_quantize", quantizer):
+                weights = self.check(reads_padded_columns, k=288, backends="cutlass")
+            self.assertEqual(weights.backend, expected)
 
     def test_what_another_rank_found_counts_here(self):
-        kernel, calls = [], []
+        run = mock.Mock(side_effect=self_check.run_kernel)
+        bad = self_check.Result(129, failure="RuntimeError('there')")
+        calls = []
 
         def gather(wrong):
             calls.append(wrong)
-            bad = self_check.Result(129, failure="RuntimeError('there')")
-            there = {kernel[0]: [bad]} if len(calls) == 1 else {}
+            there = {run.call_args.args[0]: [bad]} if len(calls) == 1 else {}
             return [wrong, there]
 
-        run = self_check.run_kernel
-
-        def note(checked, weights):
-            kernel.append(checked)
-            return run(checked, weights)
-
-        with mock.patch.object(self_check, "run_kernel", note):
+        with mock.patch.object(self_check, "run_kernel", run):
             weights = self.check(multiply, gather=gather)
         self.assertEqual((weights.backend, len(calls)), (CUTLASS, 2))
 
     def test_a_shape_is_checked_once_and_blank_bytes_are_replaced(self):
-        with mock.patch.object(
-            self_check, "random_weights", side_effect=self_check.random_weights
-        ) as made, mock.patch.object(
-            self_check, "run_kernel", side_effect=self_check.run_kernel
-        ) as run:
+        made = mock.Mock(side_effect=self_check.random_weights)
+        run = mock.Mock(side_effect=self_check.run_kernel)
+        with mock.patch.multiple(self_check, random_weights=made, run_kernel=run):
             weights = self.check(multiply)
             made.assert_not_called()
             run.reset_mock()
@@ -288,10 +239,9 @@ class TestSelfCheck(CustomTestCase):
 
     def test_a_kernel_that_breaks_the_context_ends_the_start(self):
         broken = RuntimeError("CUDA error: an illegal memory access")
+        reason = r"\[256, 512\], M = 1.*broke the CUDA context"
         with mock.patch.object(self_check, "_wait", side_effect=broken):
-            with self.assertRaisesRegex(
-                RuntimeError, r"\[256, 512\], M = 1.*broke the CUDA context"
-            ):
+            with self.assertRaisesRegex(RuntimeError, reason):
                 self.check(multiply)
 
     def test_a_models_shapes_without_its_weights(self):
@@ -299,9 +249,7 @@ class TestSelfCheck(CustomTestCase):
             write_checkpoint(folder, {}, intermediate_size=1024)
             command = [sys.executable, "-W", "ignore", "-m", self_check.__name__]
             command += ["--model", folder, "--tp", "2"]
-            result = subprocess.run(
-                command, text=True, capture_output=True, env=os.environ
-            )
+            result = subprocess.run(command, text=True, capture_output=True)
         self.assertEqual(result.returncode, 0, result.stderr[-2000:])
         self.assertRegex(result.stdout, r"flashinfer_trtllm .*\n.*129 +128x4")
 

@@ -11,24 +11,17 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.configs.load_config import LoadConfig
-from sglang.srt.environ import envs
 from sglang.srt.layers.linear import MergedColumnParallelLinear
 from sglang.srt.layers.quantization.mxfp8 import lifecycle, weights
 from sglang.srt.layers.quantization.mxfp8.layout import unswizzle_scale_
 from sglang.test.ci.ci_register import register_cuda_ci
-from sglang.test.mxfp8_utils import (
-    fp8_gemm_backend,
-    init_single_process_parallel_state,
-    mxfp8_config,
-    random_mxfp8,
-)
+from sglang.test.mxfp8_utils import as_served, mxfp8_linear, random_mxfp8, same_bytes
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=40, suite="stage-b-test-small-1-gpu")
 
 CYCLES = 200_000_000  # of a GPU's clock: a tenth of a second
-K, WIDTHS = 512, (256, 256)
+K, WIDTHS = 512, [256, 256]
 NAMES = ("weight", "weight_scale_inv")
 
 
@@ -39,15 +32,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.cycles = cycles
         with torch.device("cuda"):
-            self.proj = MergedColumnParallelLinear(
-                K,
-                list(WIDTHS),
-                bias=False,
-                params_dtype=torch.bfloat16,
-                quant_config=mxfp8_config(),
-                tp_rank=0,
-                tp_size=1,
-            )
+            self.proj = mxfp8_linear(WIDTHS, K, cls=MergedColumnParallelLinear)
 
     def load_weights(self, weights):
         for name, tensor in weights:
@@ -97,19 +82,12 @@ def slow_restores():
 class TestStreams(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        # No model class, so no copy of it to check updates with.
-        cls.enterClassContext(envs.SGLANG_MXFP8_ACCEPT_UNCHECKED.override(True))
-        init_single_process_parallel_state()
-        cls.enterClassContext(fp8_gemm_backend("flashinfer_trtllm"))
         # A kernel that is loaded or compiled at its first launch gives a stream time.
         cls.start(cycles=0).load_weights(tensors(1).items())
 
     @classmethod
     def start(cls, cycles=CYCLES):
-        model, loader = Model(cycles), mock.Mock()
-        loader.load_config = LoadConfig()
-        loader.load_model = lambda **_: model.load_weights(tensors(0).items()) or model
-        return lifecycle.load_served_model(loader, None, None)
+        return as_served(Model(cycles), tensors(0).items())
 
     def assert_holds(self, model, seed):
         torch.cuda.synchronize()
@@ -118,8 +96,7 @@ class TestStreams(CustomTestCase):
         for name, tensor in tensors(seed).items():
             _, shard, name = name.split(".")
             held = getattr(model.proj, name).data.split(WIDTHS)[int(shard)]
-            same = torch.equal(held.view(torch.uint8), tensor.view(torch.uint8))
-            self.assertTrue(same, f"{name} of part {shard}")
+            self.assertTrue(same_bytes(held, tensor), f"{name} of part {shard}")
 
     def test_a_start(self):
         self.assert_holds(self.start(), 0)

@@ -2,7 +2,7 @@
 
 import textwrap
 import unittest
-import unittest.mock
+from unittest import mock
 
 import torch
 
@@ -105,28 +105,19 @@ class TestMXFP8WeightOnlyTorch(WeightOnlyTest):
             for m, n, k in ((1, 1, 32), (3, 1000, 96), (70, 130, 544)):
                 operands = random_operands(m, n, k, dtype, room=m % 2)
                 self.check_close(weight_only_linear(*operands, 64), *operands, True)
+                with mock.patch.object(weight_only, "MAX_SLAB_BYTES", 1):
+                    in_slabs = weight_only_linear(*operands, 0)
+                self.check_close(in_slabs, *operands, True)
 
     def test_decoding_is_exact_where_bf16_holds_the_weight(self):
         weight, scale = every_code_and_scale(32)
         exact = in_float64(weight, scale)
         decoded = torch.empty(exact.shape, dtype=torch.bfloat16)
         weight_only._decode(decoded, weight, scale)
-        self.assertTrue(
-            torch.equal(decoded.nan_to_num(7), exact.float().bfloat16().nan_to_num(7))
-        )
+        expected = exact.float().bfloat16()
+        self.assertTrue(torch.equal(decoded.nan_to_num(7), expected.nan_to_num(7)))
         is_held = (scale >= 3) & (scale <= 246) & ~exact.isnan()
         self.assertTrue(torch.equal(decoded.double()[is_held], exact[is_held]))
-
-    def test_several_slabs_are_one_product(self):
-        operands = random_operands(5, 330, 64)
-        whole = weight_only_linear(*operands, 0)
-        limit, weight_only.MAX_SLAB_BYTES = weight_only.MAX_SLAB_BYTES, 1
-        try:
-            in_slabs = weight_only_linear(*operands, 0)
-        finally:
-            weight_only.MAX_SLAB_BYTES = limit
-        self.check_close(whole, *operands, True)
-        self.check_close(in_slabs, *operands, True)
 
     def test_no_rows(self):
         x, weight, scale = random_operands(4, 8, 64)
@@ -137,10 +128,6 @@ class TestMXFP8WeightOnlyTorch(WeightOnlyTest):
 
 class TestMXFP8WeightOnlyKernel(CustomTestCase):
     """The Triton kernels where there is no GPU: interpreted, and compiled for one."""
-
-    def run_with_kernel(self, script: str, **env: str) -> None:
-        """Run `script` in a new Python, with the kernels' file imported as `kernel`."""
-        run_with_kernel(self, "weight_only_kernel", script, **env)
 
     # The interpreter turns tensors to numbers in a way that numpy has since given up.
     INTERPRETED = """
@@ -164,7 +151,7 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
 
     def interpret(self, script: str) -> None:
         text = textwrap.dedent(self.INTERPRETED) + textwrap.dedent(script)
-        self.run_with_kernel(text, TRITON_INTERPRET="1")
+        run_with_kernel(self, "weight_only_kernel", text, TRITON_INTERPRET="1")
 
     def test_interpreted_products(self):
         # K in parts, rests of M, N and K, and rows that are longer than K.
@@ -204,7 +191,10 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
             """)
 
     def test_what_ships_compiles_for_every_gpu(self):
-        self.run_with_kernel("""
+        run_with_kernel(
+            self,
+            "weight_only_kernel",
+            """
             import triton
             from triton.backends.compiler import GPUTarget
             from triton.compiler import ASTSource
@@ -255,7 +245,8 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                         assert each.metadata.shared <= room, each.metadata.shared
                         uses_e4m3 = "e4m3" in each.asm["ptx"]
                         assert native or not uses_e4m3, arch
-            """)
+            """,
+        )
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
@@ -266,7 +257,7 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
     def with_decoder(self, name: str):
         from sglang.srt.layers.quantization.mxfp8 import weight_only_kernel as kernel
 
-        return unittest.mock.patch.object(kernel, "_decoder", lambda device: name)
+        return mock.patch.object(kernel, "_decoder", lambda device: name)
 
     def decoders(self):
         native = torch.cuda.get_device_capability() >= (8, 9)

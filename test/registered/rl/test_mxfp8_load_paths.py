@@ -1,9 +1,9 @@
 """Every way to fill an MXFP8 model but the updates of a running server, on a CPU.
 
 Real upstream loaders load a tiny Llama in this process; FlashInfer's kernels are emulated.
-Stand-ins, where the real thing needs hardware or a service: an in-memory `redis` module, a
-`checkpoint_engine` module that calls what it was given, offloaders that find nothing to
-move on a CPU.
+Stand-ins, where the real thing needs hardware or a service: a dict for redis, a list for
+NCCL, a `checkpoint_engine` module that calls what it was given, offloaders that find
+nothing to move on a CPU.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from unittest import mock
 import torch
 from transformers import LlamaConfig
 
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.connector import create_remote_connector
-from sglang.srt.layers.linear import ReplicatedLinear
-from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
+from sglang.srt.connector.remote_instance import RemoteInstanceConnector
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.weights import (
     check_parameters,
@@ -37,15 +37,13 @@ from sglang.test.mxfp8_utils import (
     load_on_cpu,
     model_runner,
     mxfp8_config,
+    mxfp8_linear,
     tiny_llama_tensors,
 )
 
 register_cpu_ci(est_time=30, suite="default")
 
-# No layer of it has padding in its kernel form.
-UNPADDED = dict(intermediate_size=512)
 DOWN = "model.layers.1.mlp.down_proj.weight"
-FIRST = "layers.0.self_attn.qkv_proj .flashinfer_trtllm"
 
 
 class LoadPathTestCase(TinyModelTestCase):
@@ -83,35 +81,35 @@ class TestLoadFormats(LoadPathTestCase):
                 self.assert_updates(model)
 
     def test_what_cannot_fill_a_model_is_refused(self):
-        # Upstream gives the method to models of torch's own linears only.
-        method = dict(load_weights_to_module=lambda *_: None, create=True)
-        registered = dict(
-            load_model_from_remote_instance_by_transfer_engine=mock.Mock()
-        )
-        with mock.patch.multiple(LlamaForCausalLM, **method):
-            reason = f"{FIRST}.*--load-format auto"
-            self.assert_not_loaded(reason, load_format="layered")
-        self.assert_not_loaded("load_weights_to_module", load_format="layered")
-        reason = f"{FIRST}.*flash_rl.*--quantization mxfp8"
-        self.assert_not_loaded(reason, load_format="flash_rl")
-        reason = f"{FIRST}.*loader-backend nccl"
-        engine = dict(remote_instance_weight_loader_transfer_engine=mock.Mock())
-        self.assert_not_loaded(reason, **engine)  # the server that sends
-        with (
-            mock.patch.object(loaders, "register_memory_region"),
-            mock.patch.multiple(loaders.RemoteInstanceModelLoader, **registered),
-        ):
-            self.assert_not_loaded(
-                reason,
-                load_format="remote_instance",
-                remote_instance_weight_loader_backend="transfer_engine",
-                **engine,
-            )
+        def load_weights_to_module(*_):
+            """Upstream gives it to models of torch's own linears only."""
 
-    def assert_not_loaded(self, reason: str, **load_config) -> None:
-        with self.subTest(**load_config):
-            with self.assertRaisesRegex((RuntimeError, ValueError), reason):
-                load_on_cpu(self.path_a, **load_config)
+        as_torchs = mock.patch.multiple(
+            LlamaForCausalLM, create=True, load_weights_to_module=load_weights_to_module
+        )
+        engine = dict(remote_instance_weight_loader_transfer_engine=mock.Mock())
+        receives = dict(
+            load_format="remote_instance",
+            remote_instance_weight_loader_backend="transfer_engine",
+            **engine,
+        )
+        by_engine = mock.patch.multiple(
+            loaders.RemoteInstanceModelLoader,
+            load_model_from_remote_instance_by_transfer_engine=mock.Mock(),
+        )
+        self.enterContext(mock.patch.object(loaders, "register_memory_region"))
+        for reason, patch, load_config in (
+            ("--load-format auto", as_torchs, dict(load_format="layered")),
+            ("flash_rl.*--quantization mxfp8", None, dict(load_format="flash_rl")),
+            ("loader-backend nccl", None, engine),  # the server that sends
+            ("loader-backend nccl", by_engine, receives),
+        ):
+            reason = f"layers.0.self_attn.qkv_proj .flashinfer_trtllm.*{reason}"
+            with self.subTest(reason), patch or contextlib.nullcontext():
+                with self.assertRaisesRegex(RuntimeError, reason):
+                    load_on_cpu(self.path_a, **load_config)
+        with self.assertRaisesRegex(ValueError, "load_weights_to_module"):
+            load_on_cpu(self.path_a, load_format="layered")
 
 
 class TestDiskUpdateFormats(LoadPathTestCase):
@@ -126,73 +124,54 @@ class TestDiskUpdateFormats(LoadPathTestCase):
 
     def test_pt_files_are_checked(self):
         model = load_on_cpu(self.path_a)
-
-        def refusal(**changes):
-            self.path = self.write_pickle({**self.b, **changes})
-            return self.refusal_of(model, self.path, "pt")
-
-        self.assertEqual(refusal(epoch=3), "")
-        bf16, short = self.b[DOWN].bfloat16(), self.b[DOWN][:-1]
-        self.assertRegex(refusal(**{DOWN: bf16}), "got torch.bfloat16")
-        self.assertRegex(refusal(**{DOWN: short}), r"is \[512, 544\], got \[511, 544\]")
-        lost = {f"{DOWN}_scale_inv": None}
-        self.assertRegex(refusal(**lost), f"lacks the scale of {DOWN}")
-        file = os.path.join(self.path, "model.pt")
+        self.assertEqual(
+            self.refusal_of(model, self.write_pickle({**self.b, "epoch": 3}), "pt"), ""
+        )
+        for reason, changes in (
+            ("got torch.bfloat16", {DOWN: self.b[DOWN].bfloat16()}),
+            (r"is \[512, 544\], got \[511, 544\]", {DOWN: self.b[DOWN][:-1]}),
+            (f"lacks the scale of {DOWN}", {f"{DOWN}_scale_inv": None}),
+        ):
+            path = self.write_pickle({**self.b, **changes})
+            self.assertRegex(self.refusal_of(model, path, "pt"), reason)
+        file = os.path.join(path, "model.pt")
         os.truncate(file, os.path.getsize(file) // 2)
-        refused = self.refusal_of(model, self.path, "pt")
+        refused = self.refusal_of(model, path, "pt")
         self.assertRegex(refused, "cannot be read.*Nothing was written")
 
 
 class TestLostBytes(LoadPathTestCase):
     """An update restores what has other bytes than it was left with."""
 
-    def test_the_memory_saver(self):
-        """Its pause and resume need CUDA; what they do to memory is done here."""
+    def test_the_memory_saver_and_the_weights_checker(self):
+        """The saver's pause and resume need CUDA; what they do to memory is done here."""
         model = load_on_cpu(self.path_a)
-        generator = torch.Generator().manual_seed(0)
         for weights in mxfp8_weights_of(model):
             for param in (weights.layer.weight, weights.layer.weight_scale_inv):
                 storage = param.untyped_storage()  # with the padding
-                raw = torch.empty(0, dtype=torch.uint8).set_(storage)
-                raw.random_(generator=generator)
+                torch.empty(0, dtype=torch.uint8).set_(storage).random_()
         self.assert_updates(model)
-
-    def test_the_weights_checker(self):
-        model = load_on_cpu(self.path_a)
         runner = model_runner(model)
         runner._weight_checker = WeightChecker(runner)
         with torch.no_grad():
             runner.check_weights("snapshot")
             self.assert_serves(model, self.a)
             runner.check_weights("reset_tensors")
-        scale = mxfp8_weights_of(model)[0].layer.weight_scale_inv
         with mxfp8_checkpoint_form(model):
+            scale = mxfp8_weights_of(model)[0].layer.weight_scale_inv
             self.assertGreater(scale.unique().numel(), 200)
         self.assert_updates(model)
 
 
-class InMemoryRedis:
-    """What RedisConnector asks of a redis client; every client shares one store."""
-
-    store = {}
-
-    def __init__(self, host, port):
-        self.get = self.store.get
-
-    def set(self, key, value):
-        self.store[key] = value.encode() if isinstance(value, str) else bytes(value)
-
-    def scan(self, cursor, match):
-        prefix = match.removesuffix("*")
-        return 0, [key.encode() for key in self.store if key.startswith(prefix)]
-
-    def close(self):
-        pass
-
-
 class TestRemoteKeyValue(LoadPathTestCase):
     def test_a_model_is_saved_and_loaded(self):
-        redis = types.SimpleNamespace(Redis=InMemoryRedis)
+        store, client = {}, mock.Mock()
+        client.get, client.set = store.get, store.__setitem__
+        client.scan = lambda cursor, match: (
+            0,
+            [key.encode() for key in store if key.startswith(match.removesuffix("*"))],
+        )
+        redis = mock.Mock(Redis=mock.Mock(return_value=client))
         self.enterContext(mock.patch.dict(sys.modules, redis=redis))
         for number in (signal.SIGINT, signal.SIGTERM):  # connectors take them over
             self.addCleanup(signal.signal, number, signal.getsignal(number))
@@ -204,30 +183,60 @@ class TestRemoteKeyValue(LoadPathTestCase):
         with mock.patch.object(loaders, "create_remote_connector", connect):
             runner.save_remote_model(url)
         self.assert_serves(model, self.a)
-        original = loaders.RemoteModelLoader.load_model
-
-        def load_model(loader, *, model_config, device_config):
-            model_config.model_weights = url  # as the server does for a remote URL
-            configs = dict(model_config=model_config, device_config=device_config)
-            return original(loader, **configs)
-
-        with mock.patch.object(loaders.RemoteModelLoader, "load_model", load_model):
+        # As the server does for a remote URL.
+        with mock.patch.object(ModelConfig, "model_weights", url, create=True):
             loaded = load_on_cpu(self.path_a, load_format="remote")
         self.assert_serves(loaded, self.a)
         self.assert_updates(loaded)
 
 
+class TestRemoteInstance(LoadPathTestCase):
+    def test_a_server_gets_its_weights_from_another(self):
+        """Which serves checkpoint b; the server that gets them reads the config of a."""
+        connector = mock.MagicMock(spec=RemoteInstanceConnector)
+        connector.__enter__.return_value = connector
+        connector._model_update_group = None
+        connect = mock.patch.multiple(
+            loaders,
+            create_remote_connector=lambda *_: connector,
+            trigger_transferring_weights_request=mock.Mock(),
+        )
+        sent = []
+        for owner, name, stand_in in (
+            (torch.cuda, "synchronize", lambda: None),
+            (torch.distributed.distributed_c10d, "destroy_process_group", id),
+        ):
+            self.enterContext(mock.patch.object(owner, name, stand_in))
+
+        def broadcast(do):
+            change = lambda tensor, src, group: do(tensor.detach())
+            return mock.patch.object(torch.distributed, "broadcast", change)
+
+        sender = load_on_cpu(self.path_b)
+        runner = model_runner(sender, _weights_send_group={"weights_1_0": "two"})
+        with broadcast(lambda tensor: sent.append(tensor.clone())):
+            success, message = runner.send_weights_to_remote_instance(
+                "127.0.0.1", "1", "weights"
+            )
+        self.assertTrue(success, message)
+        with connect, broadcast(lambda tensor: tensor.copy_(sent.pop(0))):
+            receiver = load_on_cpu(
+                self.path_a,
+                load_format="remote_instance",
+                tp_rank=0,
+                remote_instance_weight_loader_backend="nccl",
+                remote_instance_weight_loader_send_weights_group_ports=[1],
+            )
+        self.assertEqual(sent, [])
+        for model in sender, receiver:
+            self.assert_serves(model, self.b)
+            self.assert_updates(model)
+
+
 class TestCheckpointEngine(LoadPathTestCase):
     def setUp(self):
         """A `checkpoint_engine` that hands over what it was asked for in buckets."""
-        self.sent = []
-
-        def update_weights_from_ipc(_, handle, device_id, run, post_hook):
-            for bucket in self.sent:
-                run(bucket)
-            post_hook()
-
-        worker = types.SimpleNamespace(update_weights_from_ipc=update_weights_from_ipc)
+        worker = types.SimpleNamespace(update_weights_from_ipc=self.hand_over)
         modules = {"checkpoint_engine": mock.Mock(), "checkpoint_engine.worker": worker}
         # Its command line needs more packages.
         modules["sglang.srt.checkpoint_engine.update"] = mock.Mock()
@@ -243,17 +252,21 @@ class TestCheckpointEngine(LoadPathTestCase):
         ):
             self.enterContext(mock.patch.object(owner, name, return_value=value))
 
+    def hand_over(self, _, handle, device_id, run, post_hook):
+        for start in range(0, len(self.sent), 5):
+            run(self.sent[start : start + 5])
+        post_hook()
+
     def test_buckets_over_ipc(self):
         model = load_on_cpu(self.path_a)
         runner = model_runner(model)
         request = types.SimpleNamespace(zmq_handles={"GPU-0": "ipc://stand-in"})
         for tensors in self.b, self.b, self.a:
-            items = list(tensors.items())
-            self.sent = [items[start : start + 5] for start in range(0, len(items), 5)]
+            self.sent = list(tensors.items())
             success, message = runner.update_weights_from_ipc(request)
             self.assertTrue(success, message)
             self.assert_serves(model, tensors)
-        self.sent = [[(DOWN, self.b[DOWN].bfloat16())]]
+        self.sent = [(DOWN, self.b[DOWN].bfloat16())]
         success, message = runner.update_weights_from_ipc(request)
         self.assertFalse(success)
         self.assertIn("holds torch.float8_e4m3fn, got torch.bfloat16", message)
@@ -265,23 +278,18 @@ class TestOffload(LoadPathTestCase):
         set_offloader(OffloaderV1(1 << 30))
         self.addCleanup(set_offloader, NoopOffloader())
 
-    @classmethod
-    def load_unpadded(cls):
-        tensors = tiny_llama_tensors(**UNPADDED)
-        return load_on_cpu(cls.write(tensors, **UNPADDED)), tensors
-
     def test_padded_layers_are_refused_at_start_and_others_are_served(self):
         reason = "gate_up_proj .flashinfer_trtllm.*does not fit.*--cpu-offload-gb"
         with self.assertRaisesRegex(RuntimeError, reason):
             load_on_cpu(self.path_a)
-        model, tensors = self.load_unpadded()
+        unpadded = dict(intermediate_size=512)
+        tensors = tiny_llama_tensors(**unpadded)
+        model = load_on_cpu(self.write(tensors, **unpadded))
         self.assert_serves(model, tensors)
         model.load_weights(tensors.items())
         self.assert_serves(model, tensors)
-
-    def test_a_layer_computes_with_copies_of_its_parameters(self):
-        """As V1 does: the parameters live elsewhere, and each forward gets copies."""
-        for weights in mxfp8_weights_of(self.load_unpadded()[0]):
+        # As V1 does: the parameters live elsewhere, and each forward gets copies.
+        for weights in mxfp8_weights_of(model):
             layer = weights.layer
             x = torch.randn(3, layer.input_size).bfloat16()
             expected, _ = layer(x)
@@ -289,27 +297,11 @@ class TestOffload(LoadPathTestCase):
             output, _ = torch.func.functional_call(layer, copies, (x,))
             self.assertTrue(torch.equal(output, expected), weights.name)
 
-    def test_a_padded_layer_that_was_moved_says_so(self):
-        set_offloader(NoopOffloader())
-        weights = mxfp8_weights_of(load_on_cpu(self.path_a))[2]
-        weights.to_checkpoint_form()
-        scale = weights.layer.weight_scale_inv
-        scale.data = scale.data.clone()
-        with self.assertRaisesRegex(ValueError, "gate_up_proj.*CPU offload"):
-            weights.to_kernel_form()
-
-    def test_an_unpadded_layer_may_be_moved_by_an_offloader_alone(self):
-        bf16 = dict(bias=False, params_dtype=torch.bfloat16)
-        layers = [
-            ReplicatedLinear(512, 256, **bf16, quant_config=mxfp8_config())
-            for _ in range(2)
-        ]
-        for layer in layers:
-            layer.weight.data = layer.weight.data.clone()
-        layers[0].mxfp8_weights.to_kernel_form()
-        set_offloader(NoopOffloader())
-        with self.assertRaisesRegex(ValueError, "its weight was put into"):
-            layers[1].mxfp8_weights.to_kernel_form()
+    def test_an_unpadded_layer_may_be_moved_by_an_offloader(self):
+        """By nobody else: test_mxfp8_linear.py."""
+        layer = mxfp8_linear(256, 512)
+        layer.weight.data = layer.weight.data.clone()
+        layer.mxfp8_weights.to_kernel_form()
 
 
 class TestPackedExperts(LoadPathTestCase):
@@ -322,7 +314,6 @@ class TestPackedExperts(LoadPathTestCase):
         moe_intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=4,
         vocab_size=256,
         n_routed_experts=4,
         n_shared_experts=1,
@@ -337,19 +328,20 @@ class TestPackedExperts(LoadPathTestCase):
             return DeepseekForCausalLM(self.config, quant_config)
 
     def test_in_mxfp8_they_are_refused_before_a_byte_is_written(self):
-        reason = "experts.down_proj .*its weight was put into other memory"
+        reason = "its weight was put into other memory"
         for serialized, device in itertools.product((True, False), ("cpu", "meta")):
             with self.subTest(serialized=serialized, device=device):
                 model = self.build(mxfp8_config(serialized=serialized), device)
                 dtype = torch.float8_e4m3fn if serialized else torch.bfloat16
                 weight = torch.ones(256, 128).to(dtype)
                 packed = model.model.layers[1].mlp.w2.view(torch.uint8)
-                if device == "cpu":
-                    packed.fill_(7)
-                with self.assertRaisesRegex(ValueError, reason):
+                packed.fill_(7)
+                with self.assertRaisesRegex(
+                    ValueError, f"experts.down_proj .*{reason}"
+                ):
                     model.load_weights([(self.expert, weight)])
                 self.assertTrue(device == "meta" or (packed == 7).all())
-                with self.assertRaisesRegex(ValueError, "its weight was put into"):
+                with self.assertRaisesRegex(ValueError, reason):
                     check_parameters(model)
 
     def test_in_bf16_they_load_beside_layers_in_mxfp8(self):
@@ -360,31 +352,6 @@ class TestPackedExperts(LoadPathTestCase):
         weight = torch.full((256, 128), 3, dtype=torch.bfloat16)
         model.load_weights([(self.expert, weight)])
         self.assertTrue(torch.equal(model.model.layers[1].mlp.w2[2], weight))
-
-
-class TestOneCopy(LoadPathTestCase):
-    def test_updates_leave_each_tensor_where_it_was_and_no_copy(self):
-        """Read from the storages: weight and scale, as the kernels need them, no more."""
-        model = load_on_cpu(self.path_a)
-        addresses = [p.data_ptr() for p in model.parameters()]
-        self.assert_updates(model)
-        self.assertEqual(addresses, [p.data_ptr() for p in model.parameters()])
-        for weights in mxfp8_weights_of(model):
-            layer = weights.layer
-            n, k = layer.weight.shape
-            tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
-            tensors |= {**vars(layer), **vars(weights)}
-            held = {
-                name: tensor.untyped_storage().nbytes()
-                for name, tensor in tensors.items()
-                if isinstance(tensor, torch.Tensor) and name != "bias"
-            }
-            rows, groups = -(-n // 128) * 128, -(-k // 128) * 4
-            self.assertEqual(rows * groups, swizzled_scale_numel(n, k // 32))
-            self.assertTrue(weights.backend.is_flashinfer())
-            self.assertEqual(
-                held, {"weight": n * k, "weight_scale_inv": rows * groups}, weights.name
-            )
 
 
 if __name__ == "__main__":

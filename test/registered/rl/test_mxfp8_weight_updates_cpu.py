@@ -1,36 +1,40 @@
 """Every way to update the weights of a running MXFP8 server, over real HTTP, on a CPU.
 
-FlashInfer's kernels are emulated; the weights are in the kernels' layouts. After each
-update the log probabilities must equal those of a server started on the new weights,
-bit for bit.
+FlashInfer's kernels are emulated; the weights are in the kernels' layouts. At start a
+server answers as transformers does. After each update the log probabilities must equal
+those of a server started on the new weights, bit for bit.
 """
 
 import concurrent.futures
-import contextlib
+import functools
 import os
 import tempfile
-import threading
 import unittest
 
 import requests
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sglang.srt.utils import init_custom_process_group
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from sglang.test import mxfp8_utils
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_utils import (
+    TINY_LLAMA,
     CpuServer,
+    as_reference,
+    assert_as_close_as_bf16,
     free_port,
     fused_parameters,
     tiny_llama_tensors,
+    with_e8m0_scales,
     with_weight_scale,
     without,
     write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=60, suite="default")
+register_cpu_ci(est_time=80, suite="default")
 
 PROMPT = list(range(3, 60))
 WEIGHT = "model.layers.0.mlp.down_proj.weight"
@@ -38,13 +42,6 @@ RAW_LOADER, BREAKER = (
     f"{mxfp8_utils.__name__}.{loader.__name__}"
     for loader in (mxfp8_utils.write_past_the_loaders, mxfp8_utils.break_the_next_move)
 )
-
-
-def with_e8m0_scales(tensors: dict) -> dict:
-    return {
-        name: tensor.view(torch.float8_e8m0fnu) if "scale" in name else tensor
-        for name, tensor in tensors.items()
-    }
 
 
 def flattened(tensors: dict) -> dict:
@@ -60,21 +57,18 @@ class TestMXFP8WeightUpdates(CustomTestCase):
 
     @classmethod
     def setUpClass(cls):
-        with contextlib.ExitStack() as stack:
-            cls.directory = stack.enter_context(tempfile.TemporaryDirectory())
-            cls.tensors = {n: tiny_llama_tensors(seed) for seed, n in enumerate("ab")}
-            cls.paths, cls.expected, servers = {}, {}, {}
-            for name, tensors in cls.tensors.items():
-                cls.paths[name] = cls.write(name, tensors)
-                loaders = "--custom-weight-loader", RAW_LOADER, BREAKER
-                # An idle server's /health is then green for as long as it is there.
-                env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
-                args = cls.paths[name], "--skip-tokenizer-init", *loaders
-                server = CpuServer(*args, env=env)
-                servers[name] = stack.enter_context(server)
-                cls.expected[name] = server.logprobs(PROMPT)
-            cls.server, cls.other = servers["a"], servers["b"]
-            cls.addClassCleanup(stack.pop_all().close)
+        cls.directory = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.tensors = {n: tiny_llama_tensors(seed) for seed, n in enumerate("ab")}
+        cls.paths, cls.expected, servers = {}, {}, []
+        loaders = "--custom-weight-loader", RAW_LOADER, BREAKER
+        # An idle server's /health is then green for as long as it is there.
+        env = {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        for name, tensors in cls.tensors.items():
+            cls.paths[name] = cls.write(name, tensors)
+            args = cls.paths[name], "--skip-tokenizer-init", *loaders
+            servers.append(cls.enterClassContext(CpuServer(*args, env=env)))
+            cls.expected[name] = servers[-1].logprobs(PROMPT)
+        cls.server, cls.other = servers
         assert not torch.equal(cls.expected["a"], cls.expected["b"])
 
     @classmethod
@@ -82,28 +76,54 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         return write_checkpoint(os.path.join(cls.directory, name), tensors)
 
     def tearDown(self):
-        self.assert_updates_from_disk(self.paths["a"])
+        self.assert_succeeds(self.server.update_from_disk(self.paths["a"]))
         self.assert_serves("a")
 
     def assert_serves(self, name: str):
         served = self.server.logprobs(PROMPT)
         self.assertTrue(torch.equal(served, self.expected[name]), f"not {name}")
 
-    def assert_updates_from_disk(self, path: str) -> None:
-        result = self.server.update_from_disk(path)
+    def assert_succeeds(self, result: dict) -> None:
         self.assertTrue(result["success"], result["message"])
 
-    def assert_updates(self, update, as_sent) -> None:
+    def assert_updates(self, update, *as_sent) -> None:
         """To b and to b again, then back to a."""
         for name in "bba":
-            result = update(as_sent(self.tensors[name]))
-            self.assertTrue(result["success"], result["message"])
+            tensors = self.tensors[name]
+            for change in as_sent:
+                tensors = change(tensors)
+            self.assert_succeeds(update(tensors))
             self.assert_serves(name)
+
+    def test_at_start_it_answers_as_transformers_does(self):
+        """Of a long prompt all scales are 128x4; of a short one those of narrow layers
+        are 8x4."""
+        self.assertRegex(
+            self.server.log.getvalue(),
+            r"4 on flashinfer_trtllm, 8x4 scales up to M = 128 \(qkv_proj .640, 512., o_"
+            r".*; 2 on flashinfer_trtllm, 128x4 scales \(gate_up_proj .1088, 512.\); "
+            r"2 on flashinfer_cutlass \(down_proj .512, 544.\) since K = 544",
+        )
+        model = LlamaForCausalLM(LlamaConfig(**TINY_LLAMA))
+        reference = as_reference(model, self.tensors["a"])
+        for m in (300, 40):
+            prompt = [(7 * i) % 300 + 3 for i in range(m)]
+            served = self.server.logprobs(prompt)
+            assert_as_close_as_bf16(served, reference, prompt, times=1.2)
+
+    def test_what_is_refused_at_start_stops_a_server(self):
+        env = {"SGLANG_MXFP8_EMULATION": "0"}
+        server = CpuServer(self.paths["a"], "--skip-tokenizer-init", env=env)
+        with self.assertRaisesRegex(Exception, "exited"), server:
+            pass
+        message = "a device without CUDA.*SM100 or SM103.*SGLANG_MXFP8_EMULATION=1"
+        self.assertRegex(server.log.getvalue(), message)
 
     def test_disk(self):
         renamed = self.write("renamed", with_weight_scale(self.tensors["b"]))
         for name in *"abba", renamed:
-            self.assert_updates_from_disk(self.paths.get(name, name))
+            path = self.paths.get(name, name)
+            self.assert_succeeds(self.server.update_from_disk(path))
             self.assert_serves("b" if name == renamed else name)
 
     def test_tensor(self):
@@ -117,20 +137,17 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             ("direct", fused_parameters, with_weight_scale, dict.items, list),
             (RAW_LOADER, fused_parameters, dict.items, list),
         ):
-
-            def update(tensors):
-                for change in as_sent:
-                    tensors = change(tensors)
-                return self.server.update_from_tensor(tensors, load_format)
-
+            update = functools.partial(
+                self.server.update_from_tensor, load_format=load_format
+            )
             with self.subTest(load_format, as_sent=as_sent):
-                self.assert_updates(update, dict)
+                self.assert_updates(update, *as_sent)
 
     def test_buckets_in_any_order_with_scales_apart(self):
         items = sorted(self.tensors["b"].items(), key=lambda item: item[0][::-1])
         for start in range(0, len(items), 7):
-            result = self.server.update_from_tensor(items[start : start + 7])
-            self.assertTrue(result["success"], result["message"])
+            sent = items[start : start + 7]
+            self.assert_succeeds(self.server.update_from_tensor(sent))
         self.assert_serves("b")
 
     def test_distributed(self):
@@ -168,34 +185,26 @@ class TestMXFP8WeightUpdates(CustomTestCase):
                     torch.distributed.broadcast(tensor, src=0, group=trainer)
                 return received.result()
 
-            self.assert_updates(update, dict)
+            self.assert_updates(update)
             self.assert_updates(update, with_weight_scale)
             refused = update({WEIGHT: self.tensors["b"][WEIGHT].float()})
         self.assert_refused(refused, "Nothing was written")
 
     def test_it_answers_while_it_is_updated(self):
-        stop, answers = threading.Event(), []
-
-        def ask():
-            while not stop.is_set() and len(answers) < 1000:
-                answers.append(self.server.logprobs(PROMPT))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        try:
+        def update():
             for name in "baba":
-                self.assert_updates_from_disk(self.paths[name])
+                self.assert_succeeds(self.server.update_from_disk(self.paths[name]))
                 sent = list(self.tensors[name].items())
-                self.assertTrue(self.server.update_from_tensor(sent)["success"])
-        finally:
-            stop.set()
-            thread.join()
-        self.assertGreater(len(answers), 0)
-        for answer in answers:
-            self.assertTrue(
-                any(torch.equal(answer, e) for e in self.expected.values()),
-                "an answer from weights that are neither a nor b",
-            )
+                self.assert_succeeds(self.server.update_from_tensor(sent))
+
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            updates, answers = pool.submit(update), 0
+            while not updates.done():
+                served, answers = self.server.logprobs(PROMPT), answers + 1
+                is_one = [torch.equal(served, e) for e in self.expected.values()]
+                self.assertTrue(any(is_one), "from weights that are neither a nor b")
+            updates.result()
+        self.assertGreater(answers, 0)
 
     def test_get_weights_by_name_gives_checkpoint_bytes(self):
         served = self.server.post("/get_weights_by_name", name=WEIGHT, truncate_size=8)
