@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import unittest
 from random import Random
 from types import SimpleNamespace
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
@@ -45,9 +46,18 @@ from sglang.test.test_utils import (
 )
 
 
+def is_release(version: str) -> bool:
+    return sglang.__version__.partition("+")[0] == version
+
+
+def only_on(version: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
+
+
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
-    if sglang.__version__.startswith("0.5.9"):
+    if is_release("0.5.9"):
         init_parallel_state(rank=0, size=1, port=0)
     else:
         from sglang.test.layer_ut_utils import init_single_process_dist
@@ -584,8 +594,16 @@ class CpuServer:
     def update_from_tensor(self, tensors, load_format: Optional[str] = None) -> dict:
         """`tensors` by name, or what a load format has in their place."""
         serialized = MultiprocessingSerializer.serialize(tensors, output_str=True)
-        return self.post(
-            "/update_weights_from_tensor",
-            serialized_named_tensors=[serialized],
-            load_format=load_format,
-        )
+        body = dict(serialized_named_tensors=[serialized], load_format=load_format)
+        with self._update_session():
+            return self.post("/update_weights_from_tensor", **body)
+
+    @contextlib.contextmanager
+    def _update_session(self):
+        """What updates in memory have to come within, after 0.5.9."""
+        if is_release("0.5.9"):
+            yield
+        else:
+            assert self.post("/begin_weight_update")["success"]
+            yield
+            assert self.post("/end_weight_update")["success"]

@@ -2,7 +2,9 @@
 
 FlashInfer's kernels are emulated; the weights are in the kernels' layouts. At start a
 server answers as transformers does. After each update the log probabilities must equal
-those of a server started on the new weights, bit for bit.
+those of a server started on the new weights, bit for bit. What holds for sglang 0.5.9 alone
+says so: a later one writes past the loaders unchecked, takes no bytes for e4m3, and reads
+weights and answers as they are.
 """
 
 import concurrent.futures
@@ -26,6 +28,8 @@ from sglang.test.mxfp8_utils import (
     assert_as_close_as_bf16,
     free_port,
     fused_parameters,
+    is_release,
+    only_on,
     tiny_llama_tensors,
     with_e8m0_scales,
     with_weight_scale,
@@ -98,12 +102,13 @@ class TestMXFP8WeightUpdates(CustomTestCase):
     def test_at_start_it_answers_as_transformers_does(self):
         """Of a long prompt all scales are 128x4; of a short one those of narrow layers
         are 8x4."""
-        self.assertRegex(
-            self.server.log.getvalue(),
-            r"4 on flashinfer_trtllm, 8x4 scales up to M = 128 \(qkv_proj .640, 512., o_"
-            r".*; 2 on flashinfer_trtllm, 128x4 scales \(gate_up_proj .1088, 512.\); "
-            r"2 on flashinfer_cutlass \(down_proj .512, 544.\) since K = 544",
-        )
+        if is_release("0.5.9"):  # the log of another is another
+            self.assertRegex(
+                self.server.log.getvalue(),
+                r"4 on flashinfer_trtllm, 8x4 scales up to M = 128 \(qkv_proj .640, 512., o_"
+                r".*; 2 on flashinfer_trtllm, 128x4 scales \(gate_up_proj .1088, 512.\); "
+                r"2 on flashinfer_cutlass \(down_proj .512, 544.\) since K = 544",
+            )
         model = LlamaForCausalLM(LlamaConfig(**TINY_LLAMA))
         reference = as_reference(model, self.tensors["a"])
         for m in (300, 40):
@@ -111,6 +116,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             served = self.server.logprobs(prompt)
             assert_as_close_as_bf16(served, reference, prompt, times=1.2)
 
+    @only_on("0.5.9")
     def test_what_is_refused_at_start_stops_a_server(self):
         env = {"SGLANG_MXFP8_EMULATION": "0"}
         server = CpuServer(self.paths["a"], "--skip-tokenizer-init", env=env)
@@ -127,16 +133,24 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             self.assert_serves("b" if name == renamed else name)
 
     def test_tensor(self):
-        for load_format, *as_sent in (
+        self.assert_updates_each_way(
             (None, dict.items, list),
             (None, with_e8m0_scales, dict.items, list),
             (None, with_weight_scale, dict.items, list),
             ("flattened_bucket", flattened),
             ("flattened_bucket", with_weight_scale, flattened),
+        )
+
+    @only_on("0.5.9")
+    def test_tensor_past_the_loaders(self):
+        self.assert_updates_each_way(
             ("direct", fused_parameters, dict.items, list),
             ("direct", fused_parameters, with_weight_scale, dict.items, list),
             (RAW_LOADER, fused_parameters, dict.items, list),
-        ):
+        )
+
+    def assert_updates_each_way(self, *ways) -> None:
+        for load_format, *as_sent in ways:
             update = functools.partial(
                 self.server.update_from_tensor, load_format=load_format
             )
@@ -150,6 +164,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             self.assert_succeeds(self.server.update_from_tensor(sent))
         self.assert_serves("b")
 
+    @only_on("0.5.9")
     def test_distributed(self):
         port = free_port()
         group = dict(world_size=2, group_name="trainer", backend="gloo")
@@ -190,6 +205,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             refused = update({WEIGHT: self.tensors["b"][WEIGHT].float()})
         self.assert_refused(refused, "Nothing was written")
 
+    @only_on("0.5.9")
     def test_it_answers_while_it_is_updated(self):
         def update():
             for name in "baba":
@@ -206,6 +222,7 @@ class TestMXFP8WeightUpdates(CustomTestCase):
             updates.result()
         self.assertGreater(answers, 0)
 
+    @only_on("0.5.9")
     def test_get_weights_by_name_gives_checkpoint_bytes(self):
         served = self.server.post("/get_weights_by_name", name=WEIGHT, truncate_size=8)
         self.assertEqual(served, self.tensors["a"][WEIGHT][:8].float().tolist())
@@ -219,13 +236,15 @@ class TestMXFP8WeightUpdates(CustomTestCase):
         """test_mxfp8_update_check.py has all that is refused."""
         good, update = self.tensors["b"], self.server.update_from_tensor
         bad = {WEIGHT: good[WEIGHT].bfloat16()}
-        message = "got torch.bfloat16.*Nothing was written"
+        message = f"{WEIGHT}.* torch.bfloat16.*Nothing was written"
         self.assert_refused(update(list({**good, **bad}.items())), message)
-        fused = {**fused_parameters(good), **bad}
-        self.assert_refused(update(list(fused.items()), "direct"), message)
+        if is_release("0.5.9"):
+            fused = {**fused_parameters(good), **bad}
+            self.assert_refused(update(list(fused.items()), "direct"), message)
         path = self.write("bad", without(good, f"{WEIGHT}_scale"))
         self.assert_refused(self.server.update_from_disk(path), "lacks the scale")
 
+    @only_on("0.5.9")
     def test_with_a_half_moved_layer_it_says_so_and_ends(self):
         """Though nobody asks it anything."""
         answer = self.other.update_from_tensor([], BREAKER)

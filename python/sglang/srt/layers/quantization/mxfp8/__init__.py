@@ -11,12 +11,14 @@ shapes              which kernel takes which weight
 scale_layout        trtllm's activation scales: 8x4 or 128x4
 routing             which kernel for which layer
 formats             what a checkpoint's config says
-weights             one layer's weight and scale through its life
-self_check          whether a kernel computes what it should, here and now
 agreement           ranks agree before one of them writes
+weights             one layer's weight and scale through its life
+linears             what the self-check needs of them
+self_check          whether a kernel computes what it should, here and now
 headers             what a checkpoint's files say of their tensors
 meta                a model without memory, and what arrives in it
 names               what a model makes of a checkpoint's names
+release             what the next one needs of this release of sglang
 update_check        whether a model would take an update
 lifecycle           a model's loads and updates
 """

@@ -10,9 +10,12 @@ from typing import Any, Callable, Iterable, List, Optional, Set, Tuple
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8.weights import HalfMoved
-
 logger = logging.getLogger(__name__)
+
+
+class HalfMoved(RuntimeError):
+    """A layer was left half rearranged. Nothing mends it: its bytes are in neither form,
+    and CUDA graphs read them past every Python object that could refuse."""
 
 
 class UpdateRefused(ValueError):

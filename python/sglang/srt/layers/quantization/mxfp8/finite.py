@@ -32,8 +32,8 @@ def reads_finite_weights(get_weights_iterator: Callable) -> Callable:
     """Refuse what is not finite in an MXFP8 checkpoint, tensor by tensor as it is read."""
 
     @functools.wraps(get_weights_iterator)
-    def read(loader, source):
-        weights = get_weights_iterator(loader, source)
+    def read(loader, source, **kwargs):
+        weights = get_weights_iterator(loader, source, **kwargs)
         if getattr(source.model_config, "quantization", None) != "mxfp8":
             return weights
         return _finite(weights)

@@ -12,15 +12,13 @@ from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
-from sglang.srt.distributed import get_pp_group, get_tp_group
-from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
+from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.headers import read_index, reads_files
+from sglang.srt.layers.quantization.mxfp8.headers import reads_files
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
@@ -31,10 +29,11 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     mxfp8_kernels_missing,
 )
 from sglang.srt.layers.quantization.mxfp8.scale_layout import ANY_M
-from sglang.srt.layers.quantization.mxfp8.self_check import check_kernels
+from sglang.srt.layers.quantization.mxfp8.self_check import checked
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
+    check_of,
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
@@ -47,14 +46,8 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
     mxfp8_weights_of,
     name_mxfp8_weights,
 )
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.utils import copy_or_rebind_param
-from sglang.srt.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 from sglang.srt.model_loader.utils import post_load_weights
-from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils import log_info_on_rank0
 
 logger = logging.getLogger(__name__)
@@ -90,8 +83,7 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     for weights in layers:
         weights.release()
     _all_to_kernel_form(layers)
-    if envs.SGLANG_MXFP8_SELF_CHECK.get():
-        check_kernels(layers, _from_every_rank)
+    model = checked(model)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
     check = update_check_of(model_config, model)
@@ -99,16 +91,6 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
         check.follow(model)
     model.load_weights = _managed(model, check, layers)
     return model
-
-
-def _from_every_rank(value) -> list:
-    """Collective: what each rank of the tensor parallel group has."""
-    group = get_tp_group() if model_parallel_is_initialized() else None
-    if group is None or group.world_size == 1:
-        return [value]
-    values = [None] * group.world_size
-    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
-    return values
 
 
 def is_mxfp8_model(model: torch.nn.Module) -> bool:
@@ -129,8 +111,7 @@ def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None
         return
     check = update_check_of(model_config, model)
     if check is not None:
-        source = loader.Source.init_new(model_config, model)
-        check.files(*_files_of(loader, source), rename=_renamed_by(loader, source))
+        check.source(loader, loader.Source.init_new(model_config, model))
 
 
 def update_check_of(model_config, model) -> Optional[UpdateCheck]:
@@ -139,19 +120,9 @@ def update_check_of(model_config, model) -> Optional[UpdateCheck]:
         logger.warning(ACCEPT_UNCHECKED)
         return None
     if not hasattr(model, "mxfp8_update_check"):
-        not_needed = [RadixAttention]  # a KV cache's scales have a default
-        if model_config.is_draft_model:
-            not_needed.append(VocabParallelEmbedding)  # the target's
-        if not model_config.is_generation:
-            from sglang.srt.models.bert import BertEmbedding
-            from sglang.srt.models.roberta import RobertaEmbedding
-
-            not_needed.append(ParallelLMHead)  # never run
-            not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
-        model.mxfp8_update_check = UpdateCheck(
-            lambda: model.mxfp8_twin(),
-            is_part=model_config.is_draft_model or get_pp_group().world_size > 1,
-            not_needed=tuple(not_needed),
+        is_stage = get_pp_group().world_size > 1
+        model.mxfp8_update_check = check_of(
+            lambda: model.mxfp8_twin(), model_config, is_stage
         )
     return model.mxfp8_update_check
 
@@ -182,9 +153,6 @@ def check_mxfp8_disk_update(
         return None
     refusal = None
     try:
-        # A repository of a hub is called "owner/name".
-        if not os.path.isdir(model_path) and model_path.count("/") != 1:
-            raise UpdateRefused("there is no such folder")
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         if not reads_files(loader.load_config):
             raise UpdateRefused(
@@ -194,12 +162,7 @@ def check_mxfp8_disk_update(
         source.model_or_path = model_path
         check = update_check_of(model_config, model)
         if check is not None:
-            check.files(
-                *_files_of(loader, source),
-                model=model,
-                rename=_renamed_by(loader, source),
-                name_filter=name_filter,
-            )
+            check.source(loader, source, model, name_filter)
     except Exception as error:
         refusal = error
         if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
@@ -210,36 +173,6 @@ def check_mxfp8_disk_update(
     except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
-
-
-def _files_of(loader, source) -> Tuple[List[str], bool]:
-    """A checkpoint's files, and whether they are safetensors."""
-    from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
-
-    if os.path.isdir(source.model_or_path):
-        read_index(source.model_or_path)
-    # The load verifies checksums itself.
-    args = get_global_server_args()
-    checksum, args.model_checksum = args.model_checksum, None
-    try:
-        folder, files, use_safetensors = loader._prepare_weights(
-            source.model_or_path, source.revision, source.fall_back_to_pt
-        )
-    finally:
-        args.model_checksum = checksum
-    if use_safetensors:
-        files = maybe_add_mtp_safetensors(
-            files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
-        )
-    return files, use_safetensors
-
-
-def _renamed_by(loader, source) -> Callable:
-    """The tensors of a checkpoint's files as the loader gives them to the model."""
-    draft = loader.load_config.draft_model_idx
-    if draft is not None:
-        return lambda named: loader._filter_mtp_weights(named, source.prefix, draft)
-    return lambda named: ((f"{source.prefix}{name}", t) for name, t in named)
 
 
 @contextmanager

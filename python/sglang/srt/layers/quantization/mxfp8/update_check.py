@@ -5,6 +5,7 @@ it first. What its loaders refuse is refused; a checkpoint has to fill every par
 """
 
 import hashlib
+import os
 from collections import defaultdict
 from typing import (
     Any,
@@ -19,6 +20,7 @@ from typing import (
 )
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.mxfp8.agreement import (
@@ -27,18 +29,27 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     shorten,
 )
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.headers import check_index, read_headers
+from sglang.srt.layers.quantization.mxfp8.headers import (
+    check_index,
+    read_headers,
+    read_index,
+)
 from sglang.srt.layers.quantization.mxfp8.meta import Probe
-from sglang.srt.layers.quantization.mxfp8.names import (
+from sglang.srt.layers.quantization.mxfp8.release import (
+    ANY_EXPERT_UPDATE,
     IS_SCALE,
     OTHER_SCALE,
-    refuse_bad_kv_scales,
-    with_mxfp8_names,
-)
-from sglang.srt.layers.quantization.mxfp8.weights import (
     SCALE,
     WEIGHT,
     name_mxfp8_weights,
+    prepare_weights,
+    refuse_bad_kv_scales,
+    with_mxfp8_names,
+)
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
 )
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
@@ -70,6 +81,7 @@ class UpdateCheck:
         self._not_needed = not_needed
         self._passed: Dict[bytes, Tuple[Set[str], List[str]]] = {}
         self._expected: Set[str] = set()
+        self._shapes: Dict[str, torch.Size] = {}  # of the checkpoint at start
         try:
             self._model = build()
         except Exception as error:
@@ -134,6 +146,36 @@ class UpdateCheck:
         taken, untaken = self._load(named_tensors, whole=name_filter is None)
         if not taken:
             self._refuse_nothing(untaken)
+        if model is None:
+            self._shapes = {name: torch.Size(t.shape) for name, t in named_tensors}
+
+    def source(
+        self,
+        loader,
+        source,
+        model: Optional[torch.nn.Module] = None,
+        name_filter: Optional[Callable[[str], bool]] = None,
+    ) -> None:
+        """Check, as `files` does, what a default loader reads from its `source`."""
+        from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
+
+        path, draft = source.model_or_path, loader.load_config.draft_model_idx
+        if os.path.isdir(path):
+            read_index(path)
+        elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
+            raise UpdateRefused("there is no such folder")
+        folder, files, use_safetensors = prepare_weights(loader, source)
+        if use_safetensors:
+            files = maybe_add_mtp_safetensors(
+                files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
+            )
+
+        def rename(named_tensors: NamedTensors) -> NamedTensors:
+            if draft is not None:
+                return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
+            return ((f"{source.prefix}{name}", t) for name, t in named_tensors)
+
+        self.files(files, use_safetensors, model, rename, name_filter)
 
     def _load(
         self, named_tensors: List[Tuple[str, Any]], whole: bool
@@ -153,13 +195,14 @@ class UpdateCheck:
             own = isinstance(error, ValueError) and str(error)
             way_out = f". {ACCEPT_UNCHECKED}" if _is_unsupported_on_meta(error) else ""
             raise UpdateRefused(f"{own or repr(error)}{way_out}") from error
+        self._refuse_other_shapes(named_tensors)
         taken = load.taken
         untaken = [name for name, _ in named_tensors if name not in taken]
         _refuse_lost_scales(untaken, taken, {n for n, _ in self._model.named_modules()})
         if whole and taken:
             _refuse_missing_scales(named_tensors, load)
             self._refuse_unfilled(load)
-        if not whole:
+        if not whole and not ANY_EXPERT_UPDATE:
             load.refuse_experts()
         self._passed[digest] = taken, untaken
         return taken, untaken
@@ -172,6 +215,15 @@ class UpdateCheck:
                 f"loaded (LoRA wraps layers): {shorten(gone)}. Restart the server on the "
                 "new weights"
             )
+
+    def _refuse_other_shapes(self, named_tensors: List[Tuple[str, Any]]) -> None:
+        """Some loaders pad, or take a rank's part of whatever is large enough."""
+        for name, tensor in named_tensors:
+            shape = self._shapes.get(name, tensor.shape)
+            if tuple(shape) != tuple(tensor.shape) and shape.numel() > 1:
+                raise UpdateRefused(
+                    f"{name} was {list(shape)} at start, got {list(tensor.shape)}"
+                )
 
     def _refuse_nothing(self, untaken: List[str]) -> None:
         if self._is_part:
@@ -200,6 +252,23 @@ class UpdateCheck:
                 f"{shorten(unfilled)}. Fetch it again, and check that its quantization "
                 "config lists the layers that it keeps in bf16"
             )
+
+
+def check_of(
+    build: Callable[[], torch.nn.Module], model_config, is_stage: bool
+) -> UpdateCheck:
+    """The check of a model that is served with this config, or of a pipeline stage."""
+    not_needed = [RadixAttention]  # a KV cache's scales have a default
+    if model_config.is_draft_model:
+        not_needed.append(VocabParallelEmbedding)  # the target's
+    if not model_config.is_generation:
+        from sglang.srt.models.bert import BertEmbedding
+        from sglang.srt.models.roberta import RobertaEmbedding
+
+        not_needed.append(ParallelLMHead)  # never run
+        not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
+    is_part = model_config.is_draft_model or is_stage
+    return UpdateCheck(build, is_part, tuple(not_needed))
 
 
 class _Parameter(NamedTuple):
@@ -248,7 +317,7 @@ class _MetaLoad:
 
     def write(self, probe: Probe, target: torch.Tensor, place: Any) -> None:
         """A copy of `probe` into `target`, or into a `place` in it."""
-        if probe.source_dtype.itemsize != target.dtype.itemsize:
+        if probe.source_dtype != target.dtype:
             refuse_as_values(", ".join(probe.origins), probe.source_dtype, target.dtype)
         storage = target.untyped_storage()._cdata
         region = target.storage_offset(), place
@@ -295,6 +364,12 @@ def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> Non
         raise UpdateRefused(
             f"{name} is {source}, but its parameter holds {target}: send the bytes of an "
             "MXFP8 checkpoint"
+        )
+    is_float = source.is_floating_point or target.is_floating_point
+    if source.itemsize == target.itemsize == 1 and source != target and is_float:
+        raise UpdateRefused(
+            f"{name} is {source}, but its parameter holds {target}: send the same bytes "
+            "as that"
         )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
+from sglang.srt.layers.quantization.mxfp8.agreement import HalfMoved
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
@@ -67,11 +68,6 @@ def deferred_processing():
         yield
     finally:
         _deferred.reset(token)
-
-
-class HalfMoved(RuntimeError):
-    """A layer was left half rearranged. Nothing mends it: its bytes are in neither form,
-    and CUDA graphs read them past every Python object that could refuse."""
 
 
 def refuse_half_moved(grace: float = 0.0) -> None:
