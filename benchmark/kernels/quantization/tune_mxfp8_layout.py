@@ -32,6 +32,7 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import distributions
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -261,37 +262,25 @@ def measured(names: Sequence[str], n: int, k: int, m: int) -> dict[str, float]:
 
 
 def tune(args: argparse.Namespace) -> Iterator[str]:
-    """Measure the shapes, write the table as it grows, and yield the medians."""
-    device = get_device_name() or "cpu"
-    path = args.output / scale_layout.config_file(device)
-    table = read_table(path, args.rehearse, device, scale_layout.flashinfer_version())
-    here = environment()
+    """Measure the shapes and yield the medians, and write the table as it grows."""
+    names = NAMES if args.compare else FLASHINFER
+    path = args.output / scale_layout.config_file(args.device)
+    here, version = environment(), scale_layout.flashinfer_version()
     yield f"Median us of one linear, quantization included.\n\n{here}\n"
-    yield head("N x K", "M", *FLASHINFER)
+    yield head("N x K", "M", *names)
     for n, k in args.shapes:
         us = {}
         for m in sorted({*args.m, *args.backend_at}):
-            us[m] = measured(FLASHINFER, n, k, m)
-            yield row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in FLASHINFER))
-        key = f"N={n},K={k}"
-        table["layers"][key] = tuned_entry(us, args.backend_at)
-        table["measured"][key] = {"environment": here, "median_us": us}
-        write_table(path, table)
-        yield row(f"{n} x {k}", "table", table["layers"][key], "", "")
-    yield f"\nWrote {path}"
-
-
-def compare(args: argparse.Namespace) -> Iterator[str]:
-    """The medians of all linears, and why some cannot run."""
-    yield f"Median us of one linear, quantization included.\n\n{environment()}\n"
-    yield head("N x K", "M", *NAMES)
-    for n, k in args.shapes:
-        for m in sorted({*args.m}):
-            us = measured(NAMES, n, k, m)
-            yield row(f"{n} x {k}", m, *(us.get(name, "-") for name in NAMES))
-    for n, k in args.shapes:
-        refused = {name: refusal(name, n, k) for name in NAMES}
-        yield from (f"- {name} [{n}, {k}]: {y}" for name, y in refused.items() if y)
+            us[m] = measured(names, n, k, m)
+            yield row(f"{n} x {k}", m, *(us[m].get(name, "-") for name in names))
+        if not args.compare:
+            table = read_table(path, args.rehearse, args.device, version)
+            entry, key = tuned_entry(us, args.backend_at), f"N={n},K={k}"
+            table["layers"][key] = entry
+            table["measured"][key] = {"environment": here, "median_us": us}
+            write_table(path, table)
+            yield row(f"{n} x {k}", "table", entry, "", "")
+    yield "" if args.compare else f"\nWrote {path}"
 
 
 def logged_shapes(log: str) -> list[Shape]:
@@ -321,16 +310,17 @@ def main() -> None:
         parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
-    shapes = [] if args.compare else args.shapes
-    refused = {shape: why for shape in shapes if (why := refusal(OLD, *shape))}
-    args.shapes = [shape for shape in args.shapes if shape not in refused]
-    for (n, k), why in refused.items():
-        print(f"Left out {n},{k}: {why}", file=sys.stderr)
+    for name, (n, k) in product(NAMES if args.compare else [OLD], args.shapes):
+        if why := refusal(name, n, k):
+            print(f"Left out {name} [{n}, {k}]: {why}", file=sys.stderr)
+    if not args.compare:
+        args.shapes = [shape for shape in args.shapes if not refusal(OLD, *shape)]
     if not args.shapes:
         parser.error("no layer for flashinfer_trtllm: give --shapes, or --log")
     folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or scale_layout.CONFIG_DIR
     args.output = args.output or Path(folder)
-    for line in (compare if args.compare else tune)(args):
+    args.device = get_device_name() or "cpu"
+    for line in tune(args):
         print(line, flush=True)
 
 
