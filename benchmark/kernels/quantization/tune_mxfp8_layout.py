@@ -52,9 +52,14 @@ if not HAS_GPU:  # as scripts/test.sh does, for sglang to be imported
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import routing, scale_layout, weight_only
+from sglang.srt.layers.quantization.mxfp8 import scale_layout, shapes, weight_only
 from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
-from sglang.srt.utils import get_device_name
+from sglang.srt.utils.common import get_device_name
+
+try:
+    from sglang.srt.layers.quantization.mxfp8 import routing
+except ImportError:  # sglang 0.5.23 has another, and no Triton product for these GPUs
+    routing = None
 
 REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 PACKAGES = "torch", "triton", "flashinfer-python", "flashinfer_python"
@@ -68,8 +73,19 @@ FLASHINFER = (
 )
 Shape = tuple[int, int]  # (N, K) of one rank's weight
 OLD, NEW, CUTLASS = FLASHINFER  # trtllm 128x4, trtllm 8x4, cutlass
-NAMES = BF16, WEIGHT_ONLY, *FLASHINFER, TRITON
+NAMES = (BF16, WEIGHT_ONLY, *FLASHINFER, *([TRITON] if routing else []))
 Medians = Mapping[int, Mapping[str, float]]  # microseconds by M and candidate
+
+
+def lacks(backend: str) -> str:
+    """What the backend needs and this machine does not have, or ""."""
+    if routing:
+        wanted = routing.Mxfp8LinearBackend(backend)
+        return routing.mxfp8_kernels_missing(wanted) or ""
+    if backend == WEIGHT_ONLY:
+        return ""
+    wanted = fp8_utils.Mxfp8DenseGemmBackend(backend)
+    return fp8_utils._mxfp8_dense_gemm_lacks(wanted)
 
 
 def refusal(name: str, n: int, k: int) -> str:
@@ -77,17 +93,12 @@ def refusal(name: str, n: int, k: int) -> str:
     if name == BF16:
         return ""
     backend, _, layout = name.partition(" ")
-    wanted = routing.Mxfp8LinearBackend(backend)
-    lacks = routing.mxfp8_kernels_missing(wanted)
-    if lacks and (HAS_GPU or not wanted.is_flashinfer()):
-        return f"it needs {lacks}"
+    if (HAS_GPU or name not in FLASHINFER) and (missing := lacks(backend)):
+        return f"it needs {missing}"
     # FlashInfer checks the weight's scale by the length of the 8x4 layout.
     if layout == "8x4" and n % 128:
         return f"N = {n} is not a multiple of 128 (8x4)"
-    options = routing.Mxfp8LinearOptions(wanted, available=(wanted,))
-    select = routing.select_mxfp8_linear_backend
-    choice = select(options, n, k, torch.bfloat16)
-    return "" if choice.backend == wanted else choice.reason
+    return shapes.refusal(backend, n, k, torch.bfloat16) or ""
 
 
 def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
@@ -122,10 +133,19 @@ def calls(name: str, operands: Sequence) -> list[Callable[[], torch.Tensor]]:
         triton, rest = fp8_utils.triton_mxfp8_linear, (None, torch.bfloat16)
         linear = lambda *each: triton(*each, *rest)
     else:
-        backend, layout = name.removeprefix("flashinfer_").split()
-        options = dict(backend=backend, max_m_8x4=sys.maxsize if layout == "8x4" else 0)
-        linear = partial(fp8_utils.flashinfer_mxfp8_blockscaled_linear, **options)
+        linear = flashinfer_linear(*name.removeprefix("flashinfer_").split())
     return [partial(linear, *each) for each in operands]
+
+
+def flashinfer_linear(backend: str, layout: str) -> Callable:
+    """Of (input, weight, scale), a scale [N, K/32] with the room of its kernel form."""
+    always = {"max_m_8x4": sys.maxsize} if layout == "8x4" else {}
+    of_backend = partial(fp8_utils.flashinfer_mxfp8_blockscaled_linear, backend=backend)
+    if routing:
+        return partial(of_backend, **always)
+    linear = partial(fp8_utils.trtllm_mxfp8_linear, **always) if always else of_backend
+    room = lambda scale: scale.as_strided((scale.untyped_storage().nbytes(),), (1,))
+    return lambda input, weight, scale: linear(input, weight, room(scale))
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -306,6 +326,10 @@ def main() -> None:
         parser.error("--rehearse is for machines without a CUDA GPU, and needed there")
     if args.rehearse:
         os.environ["SGLANG_MXFP8_EMULATION"] = "1"
+        if not routing:
+            from sglang.srt.layers.quantization.mxfp8 import local_cpu
+
+            local_cpu.install()
     if args.rehearse and not (args.compare or args.output):
         parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
