@@ -60,9 +60,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _check_paths(source: Path, output: Path) -> None:
-    for path in source, output:
-        if not str(path).isprintable():
-            raise ValueError(f"{str(path)!r} is no path in UTF-8: rename it")
     if output.exists():
         raise ValueError(f"{output} is there already: choose another output")
     if source.resolve() in output.resolve().parents:

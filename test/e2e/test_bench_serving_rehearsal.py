@@ -82,9 +82,6 @@ def test_a_rehearsal_that_is_interrupted_goes_on_and_ends_in_a_report(tmp_path):
         assert text.startswith("REHEARSAL")
     assert re.search(r"flashinfer_trtllm +\[640, 512\] +128 8x4", checked)
     assert "WRONG" not in checked
-    environment = (results / "environment.json").read_text()
-    for private in (str(results), str(SCRIPT.parents[1]), str(Path.home())):
-        assert private not in environment
     report = (results / "report.md").read_text()
     assert report.startswith("REHEARSAL")
     assert "\n- flashinfer_trtllm_8x4: 4 on flashinfer_trtllm, 8x4 scales" in report

@@ -22,6 +22,7 @@ from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
 from sglang.test.mxfp8_utils import (
     fp8_gemm_backend,
+    fused_parameters,
     init_single_process_parallel_state,
     load_on_cpu,
     same_bytes,
@@ -98,10 +99,8 @@ def test_sglang_holds_its_bytes_which_are_ours(write_model, tmp_path):
         )
         with mxfp8_checkpoint_form(model):
             held = {n: p.data.clone() for n, p in model.named_parameters()}
-    for fused, parts in (("qkv_proj", "qkv"), ("gate_up_proj", ("gate", "up"))):
-        for name in [name for name in held if fused in name]:
-            of_parts = [name.replace(fused, f"{part}_proj") for part in parts]
-            sizes = [len(tensors[n.replace("scale_inv", "scale")]) for n in of_parts]
-            held |= zip(of_parts, held.pop(name).split(sizes))
-    for name, tensor in tensors.items():
-        assert same_bytes(held[name.replace("_scale", "_scale_inv")], tensor), name
+    # As sglang puts them together, q before k.
+    names = sorted(tensors, key=lambda name: name.replace("q_proj", "a_proj"))
+    ours = {name.replace("_scale", "_scale_inv"): tensors[name] for name in names}
+    for name, tensor in fused_parameters(ours).items():
+        assert same_bytes(held[name], tensor), name

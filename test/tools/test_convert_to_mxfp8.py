@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -208,28 +207,13 @@ def test_a_k_that_is_no_multiple_of_32_stays(tmp_path):
 def test_paths(model, tmp_path, capsys):
     assert_refused(capsys, tmp_path, [model, tmp_path], "is there already")
     assert_refused(capsys, tmp_path, [model, model / "out"], "lies inside")
-    name = os.fsdecode(b"caf\xe9")
-    assert_refused(capsys, tmp_path, [model, tmp_path / name], "\\udce9", "UTF-8")
 
 
-def test_a_full_disk(model, tmp_path, capsys):
-    """As the kernel says it: no file may become larger than this."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    try:
-        assert_refused(capsys, tmp_path, [model, tmp_path / "out"], "too large")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, "SIGTERM"])
-def test_an_interrupted_run_leaves_nothing(interruption, model, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_nothing(model, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
-        if interruption == "SIGTERM":
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(mxfp8_conversion, "save_file", interrupt)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    with pytest.raises(SystemExit):
         main([str(model), str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

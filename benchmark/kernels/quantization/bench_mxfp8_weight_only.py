@@ -19,9 +19,12 @@ import tune_mxfp8_layout as timing  # starts this again in .venv
 
 # isort: split
 import torch
+
 from sglang.srt.layers.quantization.mxfp8.numerics import dequantize
 from sglang.srt.layers.quantization.mxfp8.weight_only import (
-    max_m_fused, weight_only_linear)
+    max_m_fused,
+    weight_only_linear,
+)
 
 REPEATS = 20
 EVERY_M = [2**power for power in range(13)]

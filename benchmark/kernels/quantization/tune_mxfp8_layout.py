@@ -32,6 +32,7 @@ import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import distributions
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,9 +52,14 @@ if not HAS_GPU:  # as scripts/test.sh does, for sglang to be imported
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization import fp8_utils
-from sglang.srt.layers.quantization.mxfp8 import routing, scale_layout, weight_only
+from sglang.srt.layers.quantization.mxfp8 import scale_layout, shapes, weight_only
 from sglang.srt.layers.quantization.mxfp8.layout import swizzled_scale_numel
-from sglang.srt.utils import get_device_name
+from sglang.srt.utils.common import get_device_name
+
+try:
+    from sglang.srt.layers.quantization.mxfp8 import routing
+except ImportError:  # sglang 0.5.23 has another, and no Triton product for these GPUs
+    routing = None
 
 REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 PACKAGES = "torch", "triton", "flashinfer-python", "flashinfer_python"
@@ -67,8 +73,19 @@ FLASHINFER = (
 )
 Shape = tuple[int, int]  # (N, K) of one rank's weight
 OLD, NEW, CUTLASS = FLASHINFER  # trtllm 128x4, trtllm 8x4, cutlass
-NAMES = BF16, WEIGHT_ONLY, *FLASHINFER, TRITON
+NAMES = (BF16, WEIGHT_ONLY, *FLASHINFER, *([TRITON] if routing else []))
 Medians = Mapping[int, Mapping[str, float]]  # microseconds by M and candidate
+
+
+def lacks(backend: str) -> str:
+    """What the backend needs and this machine does not have, or ""."""
+    if routing:
+        wanted = routing.Mxfp8LinearBackend(backend)
+        return routing.mxfp8_kernels_missing(wanted) or ""
+    if backend == WEIGHT_ONLY:
+        return ""
+    wanted = fp8_utils.Mxfp8DenseGemmBackend(backend)
+    return fp8_utils._mxfp8_dense_gemm_lacks(wanted)
 
 
 def refusal(name: str, n: int, k: int) -> str:
@@ -76,17 +93,12 @@ def refusal(name: str, n: int, k: int) -> str:
     if name == BF16:
         return ""
     backend, _, layout = name.partition(" ")
-    wanted = routing.Mxfp8LinearBackend(backend)
-    lacks = routing.mxfp8_kernels_missing(wanted)
-    if lacks and (HAS_GPU or not wanted.is_flashinfer()):
-        return f"it needs {lacks}"
+    if (HAS_GPU or name not in FLASHINFER) and (missing := lacks(backend)):
+        return f"it needs {missing}"
     # FlashInfer checks the weight's scale by the length of the 8x4 layout.
     if layout == "8x4" and n % 128:
         return f"N = {n} is not a multiple of 128 (8x4)"
-    options = routing.Mxfp8LinearOptions(wanted, available=(wanted,))
-    select = routing.select_mxfp8_linear_backend
-    choice = select(options, n, k, torch.bfloat16)
-    return "" if choice.backend == wanted else choice.reason
+    return shapes.refusal(backend, n, k, torch.bfloat16) or ""
 
 
 def rotated_operands(n: int, k: int, m: int) -> list[tuple[torch.Tensor, ...]]:
@@ -121,10 +133,19 @@ def calls(name: str, operands: Sequence) -> list[Callable[[], torch.Tensor]]:
         triton, rest = fp8_utils.triton_mxfp8_linear, (None, torch.bfloat16)
         linear = lambda *each: triton(*each, *rest)
     else:
-        backend, layout = name.removeprefix("flashinfer_").split()
-        options = dict(backend=backend, max_m_8x4=sys.maxsize if layout == "8x4" else 0)
-        linear = partial(fp8_utils.flashinfer_mxfp8_blockscaled_linear, **options)
+        linear = flashinfer_linear(*name.removeprefix("flashinfer_").split())
     return [partial(linear, *each) for each in operands]
+
+
+def flashinfer_linear(backend: str, layout: str) -> Callable:
+    """Of (input, weight, scale), a scale [N, K/32] with the room of its kernel form."""
+    always = {"max_m_8x4": sys.maxsize} if layout == "8x4" else {}
+    of_backend = partial(fp8_utils.flashinfer_mxfp8_blockscaled_linear, backend=backend)
+    if routing:
+        return partial(of_backend, **always)
+    linear = partial(fp8_utils.trtllm_mxfp8_linear, **always) if always else of_backend
+    room = lambda scale: scale.as_strided((scale.untyped_storage().nbytes(),), (1,))
+    return lambda input, weight, scale: linear(input, weight, room(scale))
 
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
@@ -261,37 +282,25 @@ def measured(names: Sequence[str], n: int, k: int, m: int) -> dict[str, float]:
 
 
 def tune(args: argparse.Namespace) -> Iterator[str]:
-    """Measure the shapes, write the table as it grows, and yield the medians."""
-    device = get_device_name() or "cpu"
-    path = args.output / scale_layout.config_file(device)
-    table = read_table(path, args.rehearse, device, scale_layout.flashinfer_version())
-    here = environment()
+    """Measure the shapes and yield the medians, and write the table as it grows."""
+    names = NAMES if args.compare else FLASHINFER
+    path = args.output / scale_layout.config_file(args.device)
+    here, version = environment(), scale_layout.flashinfer_version()
     yield f"Median us of one linear, quantization included.\n\n{here}\n"
-    yield head("N x K", "M", *FLASHINFER)
+    yield head("N x K", "M", *names)
     for n, k in args.shapes:
         us = {}
         for m in sorted({*args.m, *args.backend_at}):
-            us[m] = measured(FLASHINFER, n, k, m)
-            yield row(f"{n} x {k}", m, *(us[m].get(c, "-") for c in FLASHINFER))
-        key = f"N={n},K={k}"
-        table["layers"][key] = tuned_entry(us, args.backend_at)
-        table["measured"][key] = {"environment": here, "median_us": us}
-        write_table(path, table)
-        yield row(f"{n} x {k}", "table", table["layers"][key], "", "")
-    yield f"\nWrote {path}"
-
-
-def compare(args: argparse.Namespace) -> Iterator[str]:
-    """The medians of all linears, and why some cannot run."""
-    yield f"Median us of one linear, quantization included.\n\n{environment()}\n"
-    yield head("N x K", "M", *NAMES)
-    for n, k in args.shapes:
-        for m in sorted({*args.m}):
-            us = measured(NAMES, n, k, m)
-            yield row(f"{n} x {k}", m, *(us.get(name, "-") for name in NAMES))
-    for n, k in args.shapes:
-        refused = {name: refusal(name, n, k) for name in NAMES}
-        yield from (f"- {name} [{n}, {k}]: {y}" for name, y in refused.items() if y)
+            us[m] = measured(names, n, k, m)
+            yield row(f"{n} x {k}", m, *(us[m].get(name, "-") for name in names))
+        if not args.compare:
+            table = read_table(path, args.rehearse, args.device, version)
+            entry, key = tuned_entry(us, args.backend_at), f"N={n},K={k}"
+            table["layers"][key] = entry
+            table["measured"][key] = {"environment": here, "median_us": us}
+            write_table(path, table)
+            yield row(f"{n} x {k}", "table", entry, "", "")
+    yield "" if args.compare else f"\nWrote {path}"
 
 
 def logged_shapes(log: str) -> list[Shape]:
@@ -317,20 +326,25 @@ def main() -> None:
         parser.error("--rehearse is for machines without a CUDA GPU, and needed there")
     if args.rehearse:
         os.environ["SGLANG_MXFP8_EMULATION"] = "1"
+        if not routing:
+            from sglang.srt.layers.quantization.mxfp8 import local_cpu
+
+            local_cpu.install()
     if args.rehearse and not (args.compare or args.output):
         parser.error("--rehearse needs --output: no server should find its table")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
-    shapes = [] if args.compare else args.shapes
-    refused = {shape: why for shape in shapes if (why := refusal(OLD, *shape))}
-    args.shapes = [shape for shape in args.shapes if shape not in refused]
-    for (n, k), why in refused.items():
-        print(f"Left out {n},{k}: {why}", file=sys.stderr)
+    for name, (n, k) in product(NAMES if args.compare else [OLD], args.shapes):
+        if why := refusal(name, n, k):
+            print(f"Left out {name} [{n}, {k}]: {why}", file=sys.stderr)
+    if not args.compare:
+        args.shapes = [shape for shape in args.shapes if not refusal(OLD, *shape)]
     if not args.shapes:
         parser.error("no layer for flashinfer_trtllm: give --shapes, or --log")
     folder = envs.SGLANG_MXFP8_CONFIG_DIR.get() or scale_layout.CONFIG_DIR
     args.output = args.output or Path(folder)
-    for line in (compare if args.compare else tune)(args):
+    args.device = get_device_name() or "cpu"
+    for line in tune(args):
         print(line, flush=True)
 
 

@@ -46,6 +46,15 @@ from sglang.test.test_utils import (
 )
 
 
+def is_release(version: str) -> bool:
+    return sglang.__version__.partition("+")[0] == version
+
+
+def only_on(version: str) -> Callable:
+    """Marks a test that holds for one release of sglang alone."""
+    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
+
+
 def init_single_process_parallel_state() -> None:
     """Real process groups (gloo) of size one, for layers that ask for their rank."""
     if is_release("0.5.9"):
@@ -117,22 +126,9 @@ def for_random(times: int, **choices: Sequence) -> Callable:
     return decorate
 
 
-def is_release(version: str) -> bool:
-    return sglang.__version__.partition("+")[0] == version
-
-
-def only_on(version: str) -> Callable:
-    """Marks a test that holds for one release of sglang alone."""
-    return unittest.skipUnless(is_release(version), f"this is not sglang {version}")
-
-
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's bytes: a view, 1-D."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(as_bytes(a), as_bytes(b))
+    """Of two contiguous tensors, whatever their shapes and dtypes."""
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
 
 
 def random_mxfp8(

@@ -55,6 +55,10 @@ class TestRealModel(CustomTestCase):
         )
         self.assertIn("Tokyo", answer.choices[0].message.content)
 
+    def test_it_checked_its_kernels(self):
+        told = "MXFP8 self-check: 4 kernels are right"
+        self.assertIn(told, self.server.log.getvalue())
+
     def test_logprobs_differ_from_transformers_no_more_than_bf16_moves_them(self):
         served = self.server.logprobs(self.input_ids)
         assert_as_close_as_bf16(served, self.reference, self.input_ids, times=1.2)

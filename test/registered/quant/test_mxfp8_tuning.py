@@ -7,7 +7,6 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from sglang.srt.layers.quantization.mxfp8.routing import CUTLASS, TRTLLM
 from sglang.srt.layers.quantization.mxfp8.scale_layout import TunedLayer, tuned_layers
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -19,6 +18,7 @@ SCRIPT = ROOT / "benchmark/kernels/quantization/tune_mxfp8_layout.py"
 sys.path.append(str(SCRIPT.parent))
 import tune_mxfp8_layout as tune
 
+CUTLASS, TRTLLM = "flashinfer_cutlass", "flashinfer_trtllm"
 GPU, VERSION = "NVIDIA GB200", "0.6.7.post3"
 LOG = """[TP0] MXFP8 linear layers: 9 on flashinfer_cutlass (qkv_proj [960, 576]) since K = 576
 [TP0] MXFP8 linear layers: 30 on flashinfer_trtllm (down_proj [576, 1536], o_proj [96, 512])
@@ -70,7 +70,7 @@ class TestDecisions(CustomTestCase):
             (tie, [1], TRTLLM),
         ):
             with self.subTest(at=at):
-                self.assertEqual(tune.tuned_entry(us, at)["backend"], expected.value)
+                self.assertEqual(tune.tuned_entry(us, at)["backend"], expected)
 
     def test_the_server_reads_what_was_written(self):
         """A shape that is measured again replaces what was measured before."""
@@ -85,7 +85,7 @@ class TestDecisions(CustomTestCase):
                 table["layers"][f"N={n},K={k}"] = tune.tuned_entry(us, backend_at)
                 tune.write_table(path, table)
             tuned = tuned_layers(directory, GPU, VERSION)
-            wide = TunedLayer(0, TRTLLM.value)
+            wide = TunedLayer(0, TRTLLM)
             self.assertEqual(tuned, {(256, 512): TunedLayer(8), (8192, 4096): wide})
             # One that cannot be merged is set aside.
             text = path.read_text()
@@ -99,7 +99,7 @@ class TestDecisions(CustomTestCase):
 @unittest.skipIf(tune.HAS_GPU, "the rehearsal is for a CPU")
 class TestCommandLine(CustomTestCase):
     def run_script(self, *arguments):
-        command = [SCRIPT, *map(str, arguments)]
+        command = [sys.executable, SCRIPT, *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     def test_rehearsal(self):
@@ -117,7 +117,7 @@ class TestCommandLine(CustomTestCase):
         shapes = {"N=256,K=256", "N=160,K=256", "N=576,K=1536"}
         self.assertEqual(set(table["layers"]), shapes)
         for shape, entry in table["layers"].items():
-            self.assertIn(entry["backend"], (TRTLLM.value, CUTLASS.value))
+            self.assertIn(entry["backend"], (TRTLLM, CUTLASS))
             for times in table["measured"][shape]["median_us"].values():
                 self.assertEqual(tune.NEW in times, shape == "N=256,K=256")
                 self.assertGreater(min(times.values()), 0)

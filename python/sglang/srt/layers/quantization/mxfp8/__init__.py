@@ -13,6 +13,7 @@ routing             which kernel for which layer
 formats             what a checkpoint's config says
 agreement           ranks agree before one of them writes
 weights             one layer's weight and scale through its life
+linears             what the self-check needs of them
 self_check          whether a kernel computes what it should, here and now
 headers             what a checkpoint's files say of their tensors
 meta                a model without memory, and what arrives in it

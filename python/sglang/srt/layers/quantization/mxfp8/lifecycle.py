@@ -14,8 +14,7 @@ from typing import Callable, Dict, Iterable, List, Optional, Tuple
 import torch
 
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
-from sglang.srt.distributed import get_pp_group, get_tp_group
-from sglang.srt.distributed.parallel_state import model_parallel_is_initialized
+from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
@@ -30,7 +29,7 @@ from sglang.srt.layers.quantization.mxfp8.routing import (
     mxfp8_kernels_missing,
 )
 from sglang.srt.layers.quantization.mxfp8.scale_layout import ANY_M
-from sglang.srt.layers.quantization.mxfp8.self_check import check_kernels
+from sglang.srt.layers.quantization.mxfp8.self_check import checked
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
@@ -84,8 +83,7 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     for weights in layers:
         weights.release()
     _all_to_kernel_form(layers)
-    if envs.SGLANG_MXFP8_SELF_CHECK.get():
-        check_kernels(layers, _from_every_rank)
+    model = checked(model)
     _log_backends(layers)
     model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
     check = update_check_of(model_config, model)
@@ -93,16 +91,6 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
         check.follow(model)
     model.load_weights = _managed(model, check, layers)
     return model
-
-
-def _from_every_rank(value) -> list:
-    """Collective: what each rank of the tensor parallel group has."""
-    group = get_tp_group() if model_parallel_is_initialized() else None
-    if group is None or group.world_size == 1:
-        return [value]
-    values = [None] * group.world_size
-    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
-    return values
 
 
 def is_mxfp8_model(model: torch.nn.Module) -> bool:

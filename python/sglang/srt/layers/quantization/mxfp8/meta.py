@@ -29,20 +29,22 @@ def build_on_meta(
 @contextlib.contextmanager
 def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     """Models built within it have shapes and loaders, and no memory."""
-    from sglang.srt.layers.quantization.mxfp8.release import ROPES
+    from sglang.srt.layers.rotary_embedding import get_rope
     from sglang.srt.model_loader.utils import set_default_torch_dtype
     from sglang.srt.utils.offloader import NoopOffloader, get_offloader, set_offloader
 
     offloader, before = get_offloader(), torch.get_default_dtype()
-    ropes = dict(ROPES)  # a real model must not find those of one on meta
+    # Releases have it in different modules, all in that of get_rope.
+    cache = get_rope.__globals__["_ROPE_DICT"]
+    ropes = dict(cache)  # a real model must not find those of one on meta
     set_offloader(NoopOffloader())
     try:
         with set_default_torch_dtype(dtype), torch.device("meta"), _Numbers():
             yield
     finally:
         set_offloader(offloader)
-        ROPES.clear()
-        ROPES.update(ropes)
+        cache.clear()
+        cache.update(ropes)
         # Upstream's context leaves its own behind an exception.
         torch.set_default_dtype(before)
 

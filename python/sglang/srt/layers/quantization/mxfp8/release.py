@@ -11,7 +11,6 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
     WEIGHT,
     name_mxfp8_weights,
 )
-from sglang.srt.layers.rotary_embedding import _ROPE_DICT as ROPES
 from sglang.srt.server_args import get_global_server_args
 
 # Experts are rearranged at load, and again only after a whole update from disk.
@@ -35,7 +34,6 @@ __all__ = [
     "ANY_EXPERT_UPDATE",
     "IS_SCALE",
     "OTHER_SCALE",
-    "ROPES",
     "SCALE",
     "WEIGHT",
     "name_mxfp8_weights",

@@ -19,20 +19,15 @@ from typing import Callable, Dict, List, Tuple
 
 import torch
 
+from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.mxfp8 import linears
+from sglang.srt.layers.quantization.mxfp8.linears import Choice, Linear
 from sglang.srt.layers.quantization.mxfp8.numerics import (
     GROUP_SIZE,
     dequantize,
     quantize,
 )
-from sglang.srt.layers.quantization.mxfp8.routing import (
-    Mxfp8LinearChoice,
-    choice_after,
-)
 from sglang.srt.layers.quantization.mxfp8.scale_layout import ANY_M, flashinfer_version
-from sglang.srt.layers.quantization.mxfp8.weights import (
-    Mxfp8LinearWeights,
-    kernel_scale,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +43,13 @@ FP16_SUBNORMAL_ROUNDING = 2.0**-25
 class Kernel:
     """What is checked once: a choice, for one shape and dtype."""
 
-    choice: Mxfp8LinearChoice
+    choice: Choice
     n: int
     k: int
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, weights: Mxfp8LinearWeights) -> "Kernel":
+    def of(cls, weights: Linear) -> "Kernel":
         layer, choice = weights.layer, replace(weights.choice, reason="")
         return cls(choice, *layer.weight.shape, layer.orig_dtype)
 
@@ -99,7 +94,15 @@ class Result:
 Results = Dict[Kernel, List[Result]]
 
 
-def check_kernels(layers: List[Mxfp8LinearWeights], gather: Callable) -> None:
+def checked(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, after `check_kernels` unless SGLANG_MXFP8_SELF_CHECK is 0."""
+    layers = linears.linears_of(model)
+    if layers and envs.SGLANG_MXFP8_SELF_CHECK.get():
+        check_kernels(layers, linears.from_every_rank)
+    return model
+
+
+def check_kernels(layers: List[Linear], gather: Callable) -> None:
     """Check the kernels of loaded layers, and give layers whose kernel is wrong another.
 
     Args:
@@ -138,24 +141,16 @@ def _wrong_on_any_rank(results: Results, gather: Callable) -> Results:
     return merged
 
 
-def _replace(weights: Mxfp8LinearWeights, wrong: List[Result]) -> None:
-    kernel, layer = Kernel.of(weights), weights.layer
+def _replace(weights: Linear, wrong: List[Result]) -> None:
+    kernel = Kernel.of(weights)
     reason = describe(kernel, wrong)
     if all(result.m <= kernel.choice.max_m_8x4 for result in wrong):
         choice = replace(weights.choice, max_m_8x4=0)
     else:
-        choice = choice_after(
-            layer.quant_method.mxfp8_options,
-            weights.backend,
-            kernel.n,
-            kernel.k,
-            kernel.dtype,
-            getattr(layer, "prefix", ""),
-            reason,
-        )
+        choice = linears.choice_after(weights, kernel.dtype, reason)
     instead = replace(kernel, choice=choice).at(wrong[0].m)
     _warn(f"{reason}. {instead} serves instead. Please report it.")
-    layer.quant_method.use_mxfp8_choice(layer, choice)
+    linears.use(weights, choice)
 
 
 @lru_cache(maxsize=None)
@@ -173,16 +168,15 @@ def describe(kernel: Kernel, wrong: List[Result]) -> str:
     )
 
 
-def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
+def run_kernel(kernel: Kernel, weights: Linear) -> List[Result]:
     """Run a layer's kernel for every M of `kernel.rows()`, and measure its errors.
 
     Uses random bytes, prepared in the same way, for a layer whose own are all zero, leave
     the range of fp32, or are offloaded. Waits for the GPU once.
     Raises RuntimeError if that fails: a call broke the CUDA context, and nothing runs then.
     """
-    if weights.is_offloaded() or not 0 < _largest_scale(weights) < LARGEST_SCALE:
-        linear = weights.layer.w8a8_mxfp8_linear
-        weights = random_weights(kernel, linear, _device())
+    if weights.is_offloaded() or not 0 < linears.largest_scale(weights) < LARGEST_SCALE:
+        weights = random_weights(kernel, weights, _device())
     logger.debug(f"MXFP8 self-check: {kernel}")
     results = [Result(m) for m in kernel.rows()]
     try:
@@ -191,41 +185,25 @@ def run_kernel(kernel: Kernel, weights: Mxfp8LinearWeights) -> List[Result]:
         taken = x if is_weight_only else dequantize(*quantize(x))
         errors = []
         for result in results:
-            output = _run(kernel, weights.layer, x[: result.m], result)
+            output = _run(kernel, weights, x[: result.m], result)
             errors.append(_error(kernel, weights, taken[: result.m], output))
         _wait(x)
     except Exception as error:
         raise RuntimeError(
             f"{describe(kernel, [Result(results[0].m, failure=repr(error))])}. If it broke "
-            "the CUDA context, start with another backend for it in "
-            "SGLANG_MXFP8_LINEAR_BACKEND"
+            f"the CUDA context, start {linears.WITH_ANOTHER_BACKEND}"
         ) from error
     for result, error in zip(results, torch.stack(errors).tolist()):
         result.error = error
     return results
 
 
-def _largest_scale(weights: Mxfp8LinearWeights) -> int:
-    scale = weights.layer.weight_scale_inv
-    return int(
-        (kernel_scale(scale) if weights.backend.is_flashinfer() else scale).max()
-    )
-
-
-def _run(kernel: Kernel, layer: torch.nn.Module, x: torch.Tensor, result: Result):
+def _run(kernel: Kernel, weights: Linear, x: torch.Tensor, result: Result):
     """The output [M, N] of one call, or None if it raised, which `result` then has."""
-    input_scale = None
-    if kernel.choice.backend.is_triton():  # upstream's quantizer is not in question
-        x, input_scale = quantize(x)
     # The output is most likely allocated where these lie.
     x.new_full((result.m, kernel.n), float("nan"), dtype=kernel.dtype)
     try:
-        return layer.w8a8_mxfp8_linear(
-            input=x,
-            weight=layer.weight,
-            weight_scale=layer.weight_scale_inv,
-            input_scale=input_scale,
-        )
+        return linears.run(weights, x)
     except Exception as error:
         result.failure = repr(error)
 
@@ -290,27 +268,16 @@ def _input(kernel: Kernel, device: torch.device) -> torch.Tensor:
     return x.flatten(1).to(kernel.dtype)
 
 
-def random_weights(
-    kernel: Kernel, linear: Callable, device: torch.device
-) -> Mxfp8LinearWeights:
-    """A layer of the kernel's shape with random bytes, in kernel form."""
+def random_weights(kernel: Kernel, weights: Linear, device: torch.device) -> Linear:
+    """A layer that runs as the given one, with random bytes."""
     generator = torch.Generator(device).manual_seed(1)
-    layer, random = torch.nn.Module(), partial(
+    random = partial(
         torch.randint, generator=generator, device=device, dtype=torch.uint8
     )
     codes = random(256, (kernel.n, kernel.k))
     codes.masked_fill_(codes & 0x7F == 0x7F, 0)  # which are NaN
     scale = random(110, 130, (kernel.n, kernel.k // GROUP_SIZE))
-    for name, data in (
-        ("weight", codes.view(torch.float8_e4m3fn)),
-        ("weight_scale_inv", scale),
-    ):
-        setattr(layer, name, torch.nn.Parameter(data, requires_grad=False))
-    layer.w8a8_mxfp8_linear = linear
-    weights = Mxfp8LinearWeights(layer, kernel.choice, quantize_on_load=False)
-    weights.release()
-    weights.to_kernel_form()
-    return weights
+    return linears.with_bytes(weights, codes.view(torch.float8_e4m3fn), scale)
 
 
 def main() -> None:
@@ -322,12 +289,14 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor parallel size")
     parser.add_argument("--fp8-gemm-backend", default="auto", help="as of the server")
     arguments = parser.parse_args()
-    layers = _layers_on_meta(arguments.model, arguments.tp, arguments.fp8_gemm_backend)
+    layers = linears.linears_on_meta(
+        arguments.model, arguments.tp, arguments.fp8_gemm_backend
+    )
     table, all_right = "{:18} {:>15} {:>6} {:7} {:>9} {:>7}  {}", True
     print(table.format("backend", "[N, K]", "M", "scales", "error", "s", ""))
     for kernel, weights in {Kernel.of(w): w for w in layers}.items():
-        linear, started = weights.layer.w8a8_mxfp8_linear, time.perf_counter()
-        results = run_kernel(kernel, random_weights(kernel, linear, _device()))
+        started = time.perf_counter()
+        results = run_kernel(kernel, random_weights(kernel, weights, _device()))
         seconds = f"{time.perf_counter() - started:.2f}"  # of all M, with compilation
         for result in results:
             all_right &= result.is_right
@@ -340,45 +309,6 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() >> 20
         print(f"At most {peak} MiB of GPU memory, with the largest weight's bytes")
     sys.exit(0 if all_right else 1)
-
-
-def _layers_on_meta(path: str, tp: int, flag: str) -> List[Mxfp8LinearWeights]:
-    """The MXFP8 layers of the model, as one of `tp` ranks builds them."""
-    # A model is more than this module may know of; only the command builds one.
-    from sglang.srt import server_args
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import parallel_state
-    from sglang.srt.layers.dp_attention import initialize_dp_attention
-    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
-    from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-    from sglang.srt.layers.quantization.mxfp8.weights import mxfp8_weights_of
-    from sglang.srt.model_loader import loader
-
-    arguments = server_args.ServerArgs(
-        path, tp_size=tp, fp8_gemm_runner_backend=flag, skip_tokenizer_init=True
-    )
-    config = ModelConfig.from_server_args(arguments)
-    if config.quantization is None:
-        arguments.quantization = "mxfp8"
-        config = ModelConfig.from_server_args(arguments)
-    server_args.set_global_server_args_for_scheduler(arguments)
-    initialize_fp8_gemm_config(arguments)
-    parallel_state.init_distributed_environment(
-        backend="gloo",
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method="tcp://127.0.0.1:0",
-    )
-    parallel_state.initialize_model_parallel(backend="gloo")
-    # Nothing is sent, so one process can stand for any rank.
-    parallel_state.get_tp_group().world_size = tp
-    initialize_dp_attention(arguments, config)
-    load_config = LoadConfig()
-    quant_config = loader._get_quantization_config(config, load_config)
-    model = build_on_meta(loader._initialize_model, config, load_config, quant_config)
-    return mxfp8_weights_of(model)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """
-Mxfp8DenseGemmBackend, select_mxfp8_dense_gemm_backend, mxfp8_linear_of, weight_only_mxfp8_linear
+Mxfp8DenseGemmBackend, select_mxfp8_dense_gemm_backend, mxfp8_dense_gemm_fallbacks, mxfp8_linear_of, weight_only_mxfp8_linear, weight_only_mxfp8_matmul
     why: a kernel that does not take a layer's shape or dtype fails at load or in the first forward
 
 flashinfer_mxfp8_blockscaled_linear
@@ -9,7 +9,7 @@ flashinfer_mxfp8_blockscaled_linear
 import logging
 from enum import Enum
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Callable, List, Optional
 
 import torch
 from overlay.marks import prepend
@@ -41,24 +41,28 @@ def select_mxfp8_dense_gemm_backend(
 ) -> Mxfp8DenseGemmBackend:
     """The server's backend for a weight [N, K], or the first other one that takes it.
 
-    `dtype` is that of the activations. The order is the one without --fp8-gemm-backend.
+    `dtype` is that of the activations.
     """
-    candidates, reasons = [preferred], []
-    if get_platform().is_blackwell and is_flashinfer_available():
-        if _raw_flashinfer_mm_mxfp8.is_backend_supported("cute-dsl", get_device_sm()):
-            candidates.append(Mxfp8DenseGemmBackend.FLASHINFER_CUTEDSL)
-        candidates.append(Mxfp8DenseGemmBackend.FLASHINFER_CUTLASS)
-    for backend in dict.fromkeys(candidates):
+    reasons = []
+    for backend in dict.fromkeys([preferred, *mxfp8_dense_gemm_fallbacks()]):
         reason = shapes.refusal(backend.value, n, k, dtype)
         if reason is None:
             break
         reasons.append(reason)
-    else:
-        backend = Mxfp8DenseGemmBackend.WEIGHT_ONLY
     if reasons:
         told = "; ".join(dict.fromkeys(reasons))
         logger.info(f"MXFP8 linears [{n}, {k}] run on {backend.value}: {told}")
     return backend
+
+
+def mxfp8_dense_gemm_fallbacks() -> List[Mxfp8DenseGemmBackend]:
+    """What runs here without --fp8-gemm-backend, in that order; the last takes any layer."""
+    found = [Mxfp8DenseGemmBackend.WEIGHT_ONLY]
+    if get_platform().is_blackwell and is_flashinfer_available():
+        found.insert(0, Mxfp8DenseGemmBackend.FLASHINFER_CUTLASS)
+        if _raw_flashinfer_mm_mxfp8.is_backend_supported("cute-dsl", get_device_sm()):
+            found.insert(0, Mxfp8DenseGemmBackend.FLASHINFER_CUTEDSL)
+    return found
 
 
 def mxfp8_linear_of(backend: Mxfp8DenseGemmBackend) -> Callable:
@@ -82,14 +86,24 @@ def weight_only_mxfp8_linear(
     `weight_scale` is the checkpoint's, [N, K // 32] bytes. Raises ValueError for an input
     that is quantized already.
     """
+    if input_scale is not None:
+        raise ValueError("A weight-only MXFP8 linear takes no quantized input")
+    x = input.reshape(-1, input.shape[-1])
+    output = weight_only_mxfp8_matmul(x, weight, weight_scale)
+    if bias is not None:
+        output += bias
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def weight_only_mxfp8_matmul(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
+) -> torch.Tensor:
+    """`weight_only_mxfp8_linear` for x [M, K]."""
     from sglang.srt.layers.quantization.mxfp8_block_convert import (
         dequant_mxfp8_2d_to_bf16,
     )
 
-    if input_scale is not None:
-        raise ValueError("A weight-only MXFP8 linear takes no quantized input")
-    decoded = dequant_mxfp8_2d_to_bf16(weight, weight_scale).to(input.dtype)
-    return torch.nn.functional.linear(input, decoded, bias)
+    return x @ dequant_mxfp8_2d_to_bf16(weight, weight_scale).to(x.dtype).t()
 
 
 @prepend

@@ -1,5 +1,5 @@
 """
-Mxfp8DenseGemmBackend.WEIGHT_ONLY, weight_only_mxfp8_linear, weight_only_mxfp8_matmul
+Mxfp8DenseGemmBackend.WEIGHT_ONLY, weight_only_mxfp8_matmul, weight_only_mxfp8_op
     why: a kernel decodes the weight as it multiplies, where the weight was decoded in every call
 
 resolve_mxfp8_dense_gemm_backend, _mxfp8_dense_gemm_lacks, dispatch_w8a8_mxfp8_linear
@@ -10,8 +10,7 @@ mxfp8_group_quantize
 """
 
 from enum import Enum
-from functools import partial
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from overlay.marks import drop, prepend
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
         _is_gfx95_supported,
         _is_hip,
         _raw_flashinfer_mm_mxfp8,
-        _unsupported_mxfp8_linear,
         deep_gemm_wrapper,
         get_device_capability,
         get_device_sm,
@@ -37,6 +35,7 @@ if TYPE_CHECKING:
         get_platform,
         is_flashinfer_available,
         print_warning_once,
+        weight_only_mxfp8_linear,
     )
 
 
@@ -108,38 +107,22 @@ def mxfp8_group_quantize(x):
         return numerics.quantize(x)
 
 
-def weight_only_mxfp8_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    input_scale: Optional[torch.Tensor] = None,
-    bias: Optional[torch.Tensor] = None,
-    **_,
+def weight_only_mxfp8_matmul(
+    x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Product [..., K] -> [..., N] in the input's dtype with an MXFP8 weight [N, K].
-
-    `weight_scale` is the checkpoint's, [N, K // 32] bytes. Raises ValueError for an input
-    that is quantized already.
-    """
-    if input_scale is not None:
-        raise ValueError("A weight-only MXFP8 linear takes no quantized input")
-    x = input.reshape(-1, input.shape[-1])
-    if input.is_cuda:
-        output = weight_only_mxfp8_matmul(x, weight, weight_scale)
-    else:  # plain torch, which needs no op
-        output = weight_only_linear(x, weight, weight_scale, 0)
-    if bias is not None:
-        output += bias
-    return output.view(*input.shape[:-1], weight.shape[0])
+    """`weight_only_mxfp8_linear` for x [M, K]."""
+    if x.is_cuda:
+        return weight_only_mxfp8_op(x, weight, weight_scale)
+    return weight_only_linear(x, weight, weight_scale, 0)  # plain torch needs no op
 
 
 @register_custom_op(
     mutates_args=[],
     fake_impl=lambda x, weight, weight_scale: x.new_empty(x.shape[0], weight.shape[0]),
 )
-def weight_only_mxfp8_matmul(
+def weight_only_mxfp8_op(
     x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor
 ) -> torch.Tensor:
-    """`weight_only_mxfp8_linear` for x [M, K], as one op: opaque to torch.compile."""
+    """`weight_only_mxfp8_matmul` as one op: opaque to torch.compile."""
     n, k = weight.shape
     return weight_only_linear(x, weight, weight_scale, max_m_fused(n, k))

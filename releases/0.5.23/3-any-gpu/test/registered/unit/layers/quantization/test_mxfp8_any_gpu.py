@@ -138,7 +138,7 @@ class TestMxfp8AnyGpu(CustomTestCase):
         x = torch.empty(5, 96, dtype=BF16, device="meta")
         weight = torch.empty(64, 96, dtype=torch.float8_e4m3fn, device="meta")
         scale = torch.empty(64, 3, dtype=torch.uint8, device="meta")
-        out = torch.ops.sglang.weight_only_mxfp8_matmul(x, weight, scale)
+        out = torch.ops.sglang.weight_only_mxfp8_op(x, weight, scale)
         self.assertEqual((out.shape, out.dtype), ((5, 64), BF16))
 
 

@@ -5,7 +5,6 @@ from typing import Iterable, Iterator, List, Tuple
 
 import torch
 
-from sglang.srt.layers.rotary_embedding.factory import _ROPE_DICT as ROPES  # noqa: F401
 from sglang.srt.runtime_context import get_model
 
 WEIGHT, SCALE, OTHER_SCALE = "weight", "weight_scale_inv", "weight_scale"
