@@ -305,8 +305,8 @@ def tune(args: argparse.Namespace) -> Iterator[str]:
 
 def logged_shapes(log: str) -> list[Shape]:
     """The shapes that a server's log names."""
-    lines = re.findall(r"MXFP8 linear layers: .*", log)
-    found = re.findall(r"\w+ \[(\d+), (\d+)\]", " ".join(lines))
+    lines = re.findall(r"MXFP8 linear(?: layers:|s) .*", log)
+    found = re.findall(r" \[(\d+), (\d+)\]", " ".join(lines))
     return [*dict.fromkeys((int(n), int(k)) for n, k in found)]
 
 
@@ -332,6 +332,8 @@ def main() -> None:
             local_cpu.install()
     if args.rehearse and not (args.compare or args.output):
         parser.error("--rehearse needs --output: no server should find its table")
+    if args.backend_at and not routing:
+        parser.error("--backend-at: this release takes the layout alone from a table")
     if args.log:
         args.shapes += logged_shapes(args.log.read_text(errors="replace"))
     for name, (n, k) in product(NAMES if args.compare else [OLD], args.shapes):

@@ -22,6 +22,10 @@ class UpdateRefused(ValueError):
     """An update that the model would not take; nothing of it was written."""
 
 
+class CannotCheck(UpdateRefused, RuntimeError):
+    """The model's code does not run on the meta device."""
+
+
 class _RankUpdate:
     """This rank's part in an update that every rank of `group` makes, or none.
 

@@ -9,18 +9,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from sglang.srt.configs.load_config import LoadConfig, LoadFormat
+from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
 
 # The load formats whose weights go from files through the parameters' loaders, as they
 # are. flash_rl would replace the parameters and model.load_weights for good.
 _FILE_FORMATS = (
-    LoadFormat.AUTO,
-    LoadFormat.SAFETENSORS,
-    LoadFormat.FASTSAFETENSORS,
-    LoadFormat.PT,
-    LoadFormat.MISTRAL,
-    LoadFormat.NPCACHE,
+    "auto",
+    "safetensors",
+    "fastsafetensors",
+    "instanttensor",  # which 0.5.9 does not have
+    "pt",
+    "mistral",
+    "npcache",
 )
 
 

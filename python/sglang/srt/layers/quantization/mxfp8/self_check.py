@@ -172,7 +172,7 @@ def run_kernel(kernel: Kernel, weights: Linear) -> List[Result]:
     """Run a layer's kernel for every M of `kernel.rows()`, and measure its errors.
 
     Uses random bytes, prepared in the same way, for a layer whose own are all zero, leave
-    the range of fp32, or are offloaded. Waits for the GPU once.
+    the range of fp32, or are offloaded. Waits for the GPU twice.
     Raises RuntimeError if that fails: a call broke the CUDA context, and nothing runs then.
     """
     if weights.is_offloaded() or not 0 < linears.largest_scale(weights) < LARGEST_SCALE:
@@ -188,6 +188,8 @@ def run_kernel(kernel: Kernel, weights: Linear) -> List[Result]:
             output = _run(kernel, weights, x[: result.m], result)
             errors.append(_error(kernel, weights, taken[: result.m], output))
         _wait(x)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         raise RuntimeError(
             f"{describe(kernel, [Result(results[0].m, failure=repr(error))])}. If it broke "
@@ -204,6 +206,8 @@ def _run(kernel: Kernel, weights: Linear, x: torch.Tensor, result: Result):
     x.new_full((result.m, kernel.n), float("nan"), dtype=kernel.dtype)
     try:
         return linears.run(weights, x)
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:
         result.failure = repr(error)
 

@@ -24,6 +24,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.mxfp8.agreement import (
+    CannotCheck,
     UpdateRefused,
     note_taken,
     shorten,
@@ -60,6 +61,9 @@ ACCEPT_UNCHECKED = (
 )
 
 
+MAX_PASSED = 64  # sets of tensors that are known to pass
+
+
 class UpdateCheck:
     """Tells whether a model would take weights, without touching the model.
 
@@ -68,7 +72,7 @@ class UpdateCheck:
         is_part: the model is a draft or a pipeline stage, and may take none of an update.
         not_needed: types of modules whose parameters no checkpoint has to fill.
 
-    Raises RuntimeError if the model cannot be built there.
+    Raises CannotCheck if the model cannot be built there.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class UpdateCheck:
         try:
             self._model = build()
         except Exception as error:
-            raise RuntimeError(
+            raise CannotCheck(
                 "MXFP8 weights cannot be checked before they are loaded, since the model "
                 f"cannot be built on the meta device: {error!r}. {ACCEPT_UNCHECKED}"
             ) from error
@@ -193,8 +197,9 @@ class UpdateCheck:
             self._model.load_weights(load.probes(named_tensors))
         except Exception as error:
             own = isinstance(error, ValueError) and str(error)
-            way_out = f". {ACCEPT_UNCHECKED}" if _is_unsupported_on_meta(error) else ""
-            raise UpdateRefused(f"{own or repr(error)}{way_out}") from error
+            if _is_unsupported_on_meta(error):
+                raise CannotCheck(f"{error!r}. {ACCEPT_UNCHECKED}") from error
+            raise UpdateRefused(own or repr(error)) from error
         self._refuse_other_shapes(named_tensors)
         taken = load.taken
         untaken = [name for name, _ in named_tensors if name not in taken]
@@ -204,6 +209,8 @@ class UpdateCheck:
             self._refuse_unfilled(load)
         if not whole and not ANY_EXPERT_UPDATE:
             load.refuse_experts()
+        if len(self._passed) == MAX_PASSED:
+            del self._passed[next(iter(self._passed))]
         self._passed[digest] = taken, untaken
         return taken, untaken
 
@@ -374,7 +381,8 @@ def refuse_as_values(name: str, source: torch.dtype, target: torch.dtype) -> Non
 
 
 def _is_unsupported_on_meta(error: Exception) -> bool:
-    return isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+    told = str(error).lower()
+    return isinstance(error, NotImplementedError) or "meta" in told or "cuda" in told
 
 
 def _names(model: torch.nn.Module) -> Set[str]:

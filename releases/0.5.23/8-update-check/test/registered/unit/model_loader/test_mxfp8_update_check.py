@@ -246,12 +246,27 @@ class TestMxfp8UpdateCheck(CustomTestCase):
     def test_experts_that_one_rank_reads_again(self):
         """Elastic EP asks no other rank."""
         with mock.patch.object(torch.distributed, "all_gather_object") as gather:
-            for name_filter in lambda _: False, lambda name: name == DOWN:
+            for name_filter in lambda _: False, lambda name: name == DOWN, None:
                 success, message = self.updater.update_weights_from_disk(
                     self.new, "auto", weight_name_filter=name_filter
                 )
                 self.assertTrue(success, message)
         gather.assert_not_called()
+
+    def test_what_is_left_alone(self):
+        """Another quantization, and a model whose code does not run on meta tensors."""
+        from sglang.srt.layers.quantization.mxfp8.agreement import CannotCheck
+        from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
+
+        model, config = load(self.old), ModelConfig(self.old)
+        loader, error = get_model_loader(LoadConfig(), config), CannotCheck("item()")
+        del model.mxfp8_update_check
+        for quantization in "modelopt_mixed", "mxfp8":
+            config.quantization = quantization
+            with mock.patch.object(UpdateCheck, "_load", side_effect=error) as asked:
+                loader._get_all_weights(config, model)
+            self.assertFalse(hasattr(model, "mxfp8_update_check"))
+            self.assertEqual(asked.called, quantization == "mxfp8")
 
     def test_one_of_two_ranks(self):
         command = [sys.executable, __file__, "rank", f"{self.directory}/ranks"]

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import (
+    CannotCheck,
     UpdateRefused,
     agree_to_write,
     run_weight_update,
@@ -24,23 +25,19 @@ logger = logging.getLogger(__name__)
 _files_are_checked = ContextVar("_files_are_checked", default=False)
 
 
-def is_mxfp8_model(model: torch.nn.Module) -> bool:
-    """Whether any of the model's modules is in MXFP8."""
-    methods = (getattr(module, "quant_method", None) for module in model.modules())
-    configs = (getattr(method, "quant_config", None) for method in methods)
-    return any(getattr(config, "use_mxfp8", False) for config in configs)
-
-
 def checks_checkpoint(get_all_weights: Callable) -> Callable:
     """Wraps the reading of a checkpoint for a model that is built: raises UpdateRefused
     before anything is read if the files do not fill the model."""
 
     @functools.wraps(get_all_weights)
     def run(loader, model_config, model):
-        check = _make_check(loader, model_config, model)
-        if check is not None:
-            check.source(loader, loader.Source.init_new(model_config, model))
-            model.mxfp8_update_check = check
+        try:
+            check = _make_check(loader, model_config, model)
+            if check is not None:
+                check.source(loader, loader.Source.init_new(model_config, model))
+                model.mxfp8_update_check = check
+        except CannotCheck as error:
+            logger.warning(f"MXFP8 weights are loaded and updated unchecked: {error}")
         return get_all_weights(loader, model_config, model)
 
     return run
@@ -55,7 +52,10 @@ def _make_check(loader, model_config, model: torch.nn.Module):
     from sglang.srt.model_loader import loader as loaders
 
     load_config = loader.load_config
-    if not is_mxfp8_model(model) or not reads_files(load_config):
+    # Other quantizations may have layers in MXFP8 beside their own.
+    if model_config.quantization != "mxfp8" or not reads_files(load_config):
+        return None
+    if type(loader) is not loaders.DefaultModelLoader:
         return None
     if getattr(model, "secondary_weights", ()):
         logger.warning("MXFP8 weights of several sources are not checked")
@@ -118,8 +118,9 @@ def agrees(update: Callable) -> Callable:
     def run(updater, *args, **kwargs):
         bound = functools.partial(update, updater, *args, **kwargs)
         is_checked = hasattr(updater.get_model(), "mxfp8_update_check")
-        # Elastic EP reads the experts that a rank lacks, on that rank alone.
-        if not is_checked or kwargs.get("weight_name_filter") is not None:
+        # Elastic EP, which alone has a filter or None, reads again what a rank lacks, on
+        # that rank alone.
+        if not is_checked or "weight_name_filter" in kwargs:
             return bound()
         return run_weight_update(get_parallel().tp_group.cpu_group, bound)
 
@@ -131,15 +132,13 @@ def checks_files(update: Callable) -> Callable:
     headers, on all ranks. Within it the model takes their tensors unchecked."""
 
     @functools.wraps(update)
-    def run(updater, model_path, load_format, weight_name_filter=None, **kwargs):
+    def run(updater, model_path, load_format, **kwargs):
         is_checked = hasattr(updater.get_model(), "mxfp8_update_check")
-        if is_checked and weight_name_filter is None:
+        if is_checked and "weight_name_filter" not in kwargs:
             agree_to_write(_refusal_of(_check_files, updater, model_path, load_format))
         token = _files_are_checked.set(True)
         try:
-            return update(
-                updater, model_path, load_format, weight_name_filter, **kwargs
-            )
+            return update(updater, model_path, load_format, **kwargs)
         finally:
             _files_are_checked.reset(token)
 
