@@ -134,7 +134,8 @@ def run_file(file: str, args: argparse.Namespace) -> Counter:
 
 def run_suite(args: argparse.Namespace) -> int:
     tests = sorted(map(str, args.root.rglob("test_*.py")))
-    files = select(collect_tests(tests), args)  # each is registered
+    # Of a whole folder, each file must be registered.
+    files = select(collect_tests(tests, sanity_check=not args.files), args)
     for file in filter(lambda file: file.disabled, files):
         print(f"disabled: {file.filename}: {file.disabled}")
     enabled = [file for file in files if not file.disabled]
