@@ -91,10 +91,12 @@ def linears_on_meta(path: str, tp: int, flag: str) -> List[Linear]:
     from sglang.srt import server_args
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import parallel_state
     from sglang.srt.layers.dp_attention import initialize_dp_attention
     from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
-    from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
+    from sglang.srt.layers.quantization.mxfp8.meta import (
+        build_on_meta,
+        init_lone_process,
+    )
     from sglang.srt.model_loader import loader
 
     arguments = server_args.ServerArgs(
@@ -106,16 +108,9 @@ def linears_on_meta(path: str, tp: int, flag: str) -> List[Linear]:
         config = ModelConfig.from_server_args(arguments)
     server_args.set_global_server_args_for_scheduler(arguments)
     initialize_fp8_gemm_config(arguments)
-    parallel_state.init_distributed_environment(
-        backend="gloo",
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method="tcp://127.0.0.1:0",
-    )
-    parallel_state.initialize_model_parallel(backend="gloo")
+    init_lone_process()
     # Nothing is sent, so one process can stand for any rank.
-    parallel_state.get_tp_group().world_size = tp
+    get_tp_group().world_size = tp
     initialize_dp_attention(arguments, config)
     load_config = LoadConfig()
     quant_config = loader._get_quantization_config(config, load_config)

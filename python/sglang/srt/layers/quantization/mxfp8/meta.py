@@ -26,6 +26,20 @@ def build_on_meta(
     return model
 
 
+def init_lone_process() -> None:
+    """Process groups of this process alone, for models that ask for their rank."""
+    from sglang.srt.distributed import parallel_state
+
+    parallel_state.init_distributed_environment(
+        backend="gloo",
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method="tcp://127.0.0.1:0",
+    )
+    parallel_state.initialize_model_parallel(backend="gloo")
+
+
 @contextlib.contextmanager
 def on_meta_device(dtype: torch.dtype) -> Iterator[None]:
     """Models built within it have shapes and loaders, and no memory."""

@@ -59,8 +59,6 @@ NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 ACCEPT_UNCHECKED = (
     "SGLANG_MXFP8_ACCEPT_UNCHECKED=1 loads weights without this check, at your risk"
 )
-
-
 MAX_PASSED = 64  # sets of tensors that are known to pass
 
 

@@ -194,8 +194,10 @@ def linears_on_meta(path: str, tp: int, flag: str) -> List[Linear]:
     # A model is more than this module may know of; only the command builds one.
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed import parallel_state
-    from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
+    from sglang.srt.layers.quantization.mxfp8.meta import (
+        build_on_meta,
+        init_lone_process,
+    )
     from sglang.srt.model_loader import loader
     from sglang.srt.server_args import ServerArgs
 
@@ -207,14 +209,7 @@ def linears_on_meta(path: str, tp: int, flag: str) -> List[Linear]:
         config = ModelConfig.from_server_args(arguments)
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0))
     initialize_fp8_gemm_config()
-    parallel_state.init_distributed_environment(
-        backend="gloo",
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method="tcp://127.0.0.1:0",
-    )
-    parallel_state.initialize_model_parallel(backend="gloo")
+    init_lone_process()
     # Nothing is sent, so one process can stand for any rank.
     group = copy.copy(get_parallel().tp_group)
     group.world_size = tp
