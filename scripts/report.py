@@ -18,9 +18,9 @@ if __name__ == "__main__" and importlib.util.find_spec("pandas") is None:
     run_in_venv()
 
 import pandas
+from bench_serving import LAYOUT, REHEARSAL
 from matplotlib import pyplot
 
-REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 METRICS = {  # fields of bench_serving
     "total_throughput": ("Throughput, in + out (tokens/s)", "more is better"),
     "median_ttft_ms": ("Time to first token (ms)", "less is better"),
@@ -30,7 +30,6 @@ BASES = ("bf16", "triton", "flashinfer_cutlass")
 KEYS = ["case", "concurrency", "repeat"]
 # Okabe and Ito's, for the colour-blind, with a darker yellow.
 COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900".split()
-LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 
 
 def load(folder: Path, pattern: str) -> pandas.DataFrame:

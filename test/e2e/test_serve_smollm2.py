@@ -54,7 +54,7 @@ def test_a_server_that_cannot_start_is_reported(port):
     answer, told = process.communicate(timeout=300)
     assert process.returncode == 1 and answer == ""
     assert "unrecognized arguments: --no-such-flag" in told
-    assert f"the server stopped while it started: {ROOT}/.cache/logs/server-" in told
+    assert f"did not start\nThe end of {ROOT}/.cache/logs/server-" in told
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
