@@ -57,7 +57,9 @@ def count(report: Path) -> Counter:
         for case in ET.parse(report).iter("testcase"):
             tags = {child.tag for child in case}
             failed = tags & {"failure", "error"}
-            outcome = "failed" if failed else "skipped" if "skipped" in tags else "passed"
+            outcome = (
+                "failed" if failed else "skipped" if "skipped" in tags else "passed"
+            )
             counts[outcome] += 1
     return counts
 

@@ -118,7 +118,9 @@ class Merge:
         functions = isinstance(old, _FUNCTIONS) and isinstance(edit, _FUNCTIONS)
         if mark not in (None, "drop") and not functions:
             raise Unplaced(f"is not a function to {mark}")
-        changed = getattr(edits, mark or "replace")(self.source, old, self.overlay, edit)
+        changed = getattr(edits, mark or "replace")(
+            self.source, old, self.overlay, edit
+        )
         if changed == self.source.text:
             return
         self.source = Source(changed)
