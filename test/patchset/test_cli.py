@@ -52,6 +52,7 @@ def run(project, capsys):
 
 def test_wheel(run, tmp_path):
     told = run("wheel", "--output", tmp_path / "out")
+    assert "skipped  test/registered/test_core.py: it edits a file that wheels" in told
     wheel = tmp_path / "out/sglang-1.0+mxfp8.3-py3-none-any.whl"
     assert run.stdout == f"{wheel}\n"
     assert f"changed  {CORE}" in told and f"pip install {wheel}" in told
@@ -69,21 +70,16 @@ def test_wheel(run, tmp_path):
     assert wheel.read_bytes() == first
 
 
-def test_diff_against_the_release(run):
-    told = run("diff")
-    assert "skipped  test/registered/test_core.py: it edits a file that wheels" in told
-    assert "Subject: Teach the package a trick\n" in run.stdout
-    assert "\n\nIt was asked for.\n" in run.stdout
-    assert "- run, CHOICES: b is faster (org/repo#7)\n" in run.stdout
-    assert "until" not in run.stdout
-    assert "b/test/registered/test_trick.py" in run.stdout
-    assert "test_here" not in run.stdout
-
-
 def test_diff_and_apply_change_a_checkout_alike(run, checkout, tmp_path):
     before, patch = snapshot(checkout), tmp_path / "out.patch"
     run("diff", "--tree", checkout, "--output", patch)
     assert snapshot(checkout) == before
+    text = patch.read_text()
+    assert "Subject: Teach the package a trick\n" in text
+    assert "\n\nIt was asked for.\n" in text
+    assert "- run, CHOICES: b is faster (org/repo#7)\n" in text
+    assert "b/test/registered/test_trick.py" in text
+    assert "until" not in text and "test_here" not in text
     git(checkout, "am", patch)
     patched = snapshot(checkout)
     assert b'"flashinfer_python==2.0"' in patched["python/pyproject.toml"]
@@ -167,9 +163,6 @@ def test_a_stack_is_one_commit_a_folder(stacked, run, checkout, tmp_path):
     assert subjects == ["Use the trick", "Add one", "base"]
     assert (checkout / CORE).read_text() == STACKED
     assert "other.py" not in patch.read_text()  # only what the stack edits
-
-
-def test_a_part_of_a_stack(stacked, run, tmp_path):
     for upto in (["--upto", "1"], []):
         run("wheel", "--release", "1.0", "--output", tmp_path, *upto)
         with WheelFile(tmp_path / "sglang-1.0+mxfp8.4-py3-none-any.whl") as file:
