@@ -11,7 +11,7 @@ exit status:
   1    a test or a file failed
   2    nothing to run, nothing that ran (all skipped), a file that is not registered, or
        wrong arguments
-  128+ the number of the signal that interrupted the run, which ends by that signal
+  130  a signal interrupted the run
 """
 
 import argparse
@@ -144,13 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     os.environ["SGLANG_TEST_MAX_RETRY"] = "0"  # a test that fails once has failed
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a hang is ended by SIGABRT
-    for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
+    for number in signal.SIGTERM, signal.SIGHUP:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        sys.exit(main())
-    except SystemExit as end:
-        if end.code <= 128:
-            raise
-        signal.signal(end.code - 128, signal.SIG_DFL)  # so that a script stops as well
-        os.kill(os.getpid(), end.code - 128)
+            signal.signal(number, signal.default_int_handler)  # what runs ends, too
+    sys.exit(main())
