@@ -116,11 +116,12 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
     return folder / tree.wheel.name.replace(tree.version, version)
 
 
-def pinned(text: str, requires: dict[str, str], where: str) -> str:
-    """`text` with these versions of packages, each of which it pins once; ReleaseError
-    where it does not."""
-    for name, version in requires.items():
-        text, count = re.subn(rf"\b{name}==[\w.]+", f"{name}=={version}", text)
+def pinned(text: str, requires: dict[str, list[str]], where: str) -> str:
+    """`text` with the second version of each package for the first; ReleaseError where it
+    does not pin one of them, once."""
+    for name, (old, new) in requires.items():
+        pin = rf"\b{name}==({re.escape(old)}|{re.escape(new)})(?![\w.])"
+        text, count = re.subn(pin, f"{name}=={new}", text)
         if count != 1:
-            raise ReleaseError(f"{where} pins {name} {count} times")
+            raise ReleaseError(f"{where} pins {name} {count} times to {old} or {new}")
     return text

@@ -21,7 +21,7 @@ class Part:
     name: str
     commit: dict
     files: dict[str, Path]
-    requires: dict[str, str]
+    requires: dict[str, list[str]]
 
 
 def read(root: Path, version: str | None, upto: int | None) -> tuple[dict, list[Part]]:

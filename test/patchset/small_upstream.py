@@ -18,7 +18,7 @@ sha256 = ["{sha256}"]
 patch = 3
 
 [requires]
-flashinfer_python = "2.0"
+flashinfer_python = ["1.0", "2.0"]
 
 [commit]
 subject = "Teach the package a trick"

@@ -98,14 +98,15 @@ def test_diff_and_apply_change_a_checkout_alike(run, checkout, tmp_path):
 
 def test_errors_are_collected_and_nothing_is_written(run, project, checkout):
     write(project, {CORE: OVERLAY[CORE].replace("run", "runs")})
-    write(checkout, {"python/pyproject.toml": "", "python/sglang/trick.py": "V = 3\n"})
+    write(checkout, {"python/pyproject.toml": '"flashinfer_python==1.0.1"'})
+    write(checkout, {"python/sglang/trick.py": "V = 3\n"})
     (checkout / "python/sglang/other.py").unlink()
     git(checkout, "tag", "v1.1")
     before = snapshot(checkout)
     told = run("apply", checkout, code=1)
     for error in (
         "core.py: upstream v1.1: `runs` is not there to prepend",
-        "pyproject.toml: upstream v1.1 pins flashinfer_python 0 times",
+        "pyproject.toml: upstream v1.1 pins flashinfer_python 0 times to 1.0 or 2.0",
         "other.py: upstream v1.1 has no such file to merge into",
         "trick.py: upstream v1.1 has this file, and ours has no ledger",
         "4 problems, nothing is written; if it was patched before, restore it first",
