@@ -7,22 +7,23 @@ form. Two things change the form model-wide: the end of every load and update, a
 
 import functools
 import logging
-import os
 from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
-
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
+from sglang.srt.layers.quantization.mxfp8.agreement import (
+    UpdateRefused,
+    agree_to_write,
+    shorten,
+)
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.headers import reads_files, with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
-    with_mxfp8_names,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearChoice,
@@ -46,7 +47,6 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
     mxfp8_weights_of,
     name_mxfp8_weights,
 )
-from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.model_loader.utils import post_load_weights
 from sglang.srt.utils import log_info_on_rank0
 
@@ -54,8 +54,9 @@ logger = logging.getLogger(__name__)
 
 # DeepSeek's loaders hold one half of a fused layer until the other comes, in the same
 # request; the second is fused below the first.
-_A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
-_FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
+_FIRST_HALF, _SECOND_HALF = "q_a_proj", "kv_a_proj_with_mqa"
+_OTHER_HALF = {_FIRST_HALF: _SECOND_HALF, _SECOND_HALF: _FIRST_HALF}
+_FUSED_HALVES = "fused_qkv_a_proj_with_mqa"
 
 
 def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
@@ -95,13 +96,9 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
 
 def is_mxfp8_model(model: torch.nn.Module) -> bool:
     """Whether any of the model's linears or experts are in MXFP8."""
-    return _mxfp8_config(model) is not None
-
-
-def _mxfp8_config(model: torch.nn.Module):
     methods = (getattr(module, "quant_method", None) for module in model.modules())
     configs = (getattr(method, "quant_config", None) for method in methods)
-    return next((c for c in configs if getattr(c, "use_mxfp8", False)), None)
+    return any(getattr(config, "use_mxfp8", False) for config in configs)
 
 
 def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None:
@@ -151,8 +148,8 @@ def check_mxfp8_disk_update(
     """
     if not is_mxfp8_model(model):
         return None
-    refusal = None
-    try:
+
+    def check_files() -> None:
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         if not reads_files(loader.load_config):
             raise UpdateRefused(
@@ -163,13 +160,9 @@ def check_mxfp8_disk_update(
         check = update_check_of(model_config, model)
         if check is not None:
             check.source(loader, source, model, name_filter)
-    except Exception as error:
-        refusal = error
-        if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
-            hub = f"nor such a model on a hub ({error})"
-            refusal = UpdateRefused(f"there is no such folder here, {hub}")
+
     try:
-        agree_to_write(refusal)
+        agree_to_write(check_files)
     except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
@@ -213,7 +206,7 @@ def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
         if not is_mxfp8_model(model):
             return custom_loader(model, named_tensors)
         named_tensors = list(named_tensors)
-        agree_to_write(_refusal_of(_refuse_raw, model, named_tensors))
+        agree_to_write(_refuse_raw, model, named_tensors)
         with mxfp8_checkpoint_form(model):
             custom_loader(model, named_tensors)
             model.mxfp8_remake_derived()
@@ -236,11 +229,10 @@ def load_mxfp8_tensors_directly(
         _refuse_raw(model, named_tensors)
         writes.extend(_direct_writes(model, named_tensors))
 
-    agree_to_write(_refusal_of(check))
+    agree_to_write(check)
     with mxfp8_checkpoint_form(model):
-        for name, tensor in writes:
-            module, _, short = name.rpartition(".")
-            copy_or_rebind_param(model.get_submodule(module), short, tensor)
+        for param, tensor in writes:
+            param.data.copy_(tensor)
         model.mxfp8_remake_derived()
 
 
@@ -256,7 +248,7 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
 
 def _direct_writes(
     model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
-) -> Iterable[Tuple[str, torch.Tensor]]:
+) -> Iterable[Tuple[torch.nn.Parameter, torch.Tensor]]:
     parameters = dict(model.named_parameters())
     owners = {id(w.layer.weight): w for w in mxfp8_weights_of(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
@@ -270,7 +262,7 @@ def _direct_writes(
             short = name.rpartition(".")[2]
             tensor = owners[id(param)].as_bytes_of(param, short, tensor)
         refuse_as_values(name, tensor.dtype, param.dtype)
-        yield name, tensor.to(param.device, param.dtype)
+        yield param, tensor
 
 
 def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
@@ -307,8 +299,7 @@ def _managed(
             if not isinstance(weights, AgreedWeights):
                 weights = list(with_mxfp8_names(weights))
                 weights += _other_halves(model, dict(weights))
-                refusal = check and _refusal_of(check.tensors, model, weights)
-                agree_to_write(refusal)
+                agree_to_write(check and check.tensors, model, weights)
             return load_weights(weights, *args, **kwargs)
         finally:
             _all_to_kernel_form(layers)
@@ -316,50 +307,36 @@ def _managed(
     return load_checked_weights
 
 
-def _refusal_of(check: Callable, *args) -> Optional[Exception]:
-    try:
-        check(*args)
-    except Exception as refusal:
-        return refusal
-    return None
-
-
 def _other_halves(
     model: torch.nn.Module, sent: Dict[str, torch.Tensor]
 ) -> List[Tuple[str, torch.Tensor]]:
     """What DeepSeek's loaders miss beside a half of a fused layer: the served other half,
     as checkpoint bytes under its checkpoint name."""
-    lone = {
-        name: other
-        for name in sent
-        if (other := _other_half(name)) is not None and other not in sent
-    }
-    if not lone:
-        return []
-    fused = {n: m for n, m in model.named_modules() if n.endswith(_FUSED_A_PROJ)}
-    found = []
-    for name, other in lone.items():
-        layer, _, parameter = name.rpartition(".")
-        # From the layer's number on, a checkpoint and the model agree.
-        tail = layer[max(layer.rfind("layers."), 0) :].rpartition(".")[0]
-        owners = [
-            m for n, m in fused.items() if f".{n}".endswith(f".{tail}.{_FUSED_A_PROJ}")
-        ]
-        if len(owners) == 1 and hasattr(owners[0], parameter):
-            if hasattr(owners[0], "mxfp8_weights"):
-                owners[0].mxfp8_weights.to_checkpoint_form()
-            whole, rows = getattr(owners[0], parameter).data, sent[name].shape[0]
-            first = f".{_A_PROJ_HALVES[0]}." in name
-            found.append((other, (whole[rows:] if first else whole[:-rows]).clone()))
+    found, fused = [], {}
+    for name, tensor in sent.items():
+        module, _, parameter = name.rpartition(".")
+        parent, _, half = module.rpartition(".")
+        other = f"{parent}.{_OTHER_HALF.get(half)}.{parameter}"
+        if half not in _OTHER_HALF or other in sent:
+            continue
+        fused = fused or {
+            _from_its_number(path): layer
+            for path, layer in model.named_modules()
+            if path.endswith(_FUSED_HALVES)
+        }
+        layer = fused.get(_from_its_number(f"{parent}.{_FUSED_HALVES}"))
+        if hasattr(layer, parameter):
+            if hasattr(layer, "mxfp8_weights"):
+                layer.mxfp8_weights.to_checkpoint_form()
+            whole, rows = getattr(layer, parameter).data, len(tensor)
+            served = whole[rows:] if half == _FIRST_HALF else whole[:-rows]
+            found.append((other, served.clone()))
     return found
 
 
-def _other_half(name: str) -> Optional[str]:
-    """The name of the tensor that DeepSeek's loaders fuse with the tensor `name`."""
-    for half, other in (_A_PROJ_HALVES, _A_PROJ_HALVES[::-1]):
-        if f".{half}." in name:
-            return name.replace(f".{half}.", f".{other}.")
-    return None
+def _from_its_number(name: str) -> str:
+    """A layer's name where a checkpoint and the model agree."""
+    return name[name.find("layers.") :]
 
 
 def _wait_for_streams(layers: List[Mxfp8LinearWeights]) -> None:
@@ -416,11 +393,11 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
         return
     missing = [f"{w.name}.{name}" for w in layers for name in w.unwritten()]
     if missing:
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(
-            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: {shown}. "
-            "Check that it has a scale beside every quantized weight, and that its "
-            "quantization config lists the layers that are kept in bf16."
+            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: "
+            f"{shorten(missing)}. Check that it has a scale beside every quantized "
+            "weight, and that its quantization config lists the layers that are kept in "
+            "bf16."
         )
 
 
