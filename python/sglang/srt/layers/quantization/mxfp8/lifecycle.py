@@ -6,6 +6,7 @@ form. Two things change the form model-wide: the end of every load and update, a
 """
 
 import functools
+import itertools
 import logging
 from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
@@ -86,7 +87,9 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     _all_to_kernel_form(layers)
     model = checked(model)
     _log_backends(layers)
-    model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
+    model.mxfp8_remake_derived = functools.partial(
+        _remake_derived, model, model_config, model.load_weights
+    )
     check = update_check_of(model_config, model)
     if check is not None:
         check.follow(model)
@@ -124,14 +127,8 @@ def update_check_of(model_config, model) -> Optional[UpdateCheck]:
     return model.mxfp8_update_check
 
 
-class AgreedWeights:
+class AgreedWeights(itertools.chain):
     """A checkpoint's tensors, checked by its files' headers before they are read."""
-
-    def __init__(self, named_tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
-        self._named_tensors = named_tensors
-
-    def __iter__(self):
-        return iter(self._named_tensors)
 
 
 def check_mxfp8_disk_update(
@@ -188,12 +185,11 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
 
 
 def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
-    """Run a function of a model, or of an owner of `.model`, in `mxfp8_checkpoint_form`."""
+    """Run a method of the owner of a model in `mxfp8_checkpoint_form`."""
 
     @functools.wraps(function)
     def run(owner, *args, **kwargs):
-        model = owner if isinstance(owner, torch.nn.Module) else owner.model
-        with mxfp8_checkpoint_form(model):
+        with mxfp8_checkpoint_form(owner.model):
             return function(owner, *args, **kwargs)
 
     return run
@@ -265,24 +261,16 @@ def _direct_writes(
         yield param, tensor
 
 
-def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
-    """What a model must do after raw writes: it keeps its KV cache's scales as numbers,
-    and an MLA model keeps weights made of kv_b_proj's."""
-    makers = [functools.partial(remake_kv_floats, model)]
+def _remake_derived(model: torch.nn.Module, model_config, load_weights) -> None:
+    """After raw writes: a model keeps its KV cache's scales as numbers, too, and an MLA
+    model keeps weights made of kv_b_proj's."""
+    remake_kv_floats(model)
     if any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
         owners = [m for m in model.modules() if hasattr(m, "post_load_weights")]
-        makers += [
-            functools.partial(post_load_weights, m, model_config) for m in owners
-        ]
+        for owner in owners:
+            post_load_weights(owner, model_config)
         if not owners:
-            # Kimi-Linear makes them at the end of every load, even of nothing.
-            makers.append(functools.partial(model.load_weights, ()))
-
-    def remake() -> None:
-        for make in makers:
-            make()
-
-    return remake
+            load_weights(())  # Kimi-Linear makes them at the end of every load
 
 
 def _managed(

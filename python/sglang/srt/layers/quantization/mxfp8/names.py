@@ -51,10 +51,6 @@ class Layer:
     tensors: Set[str] = field(default_factory=set)  # the checkpoint's, that it loads
     rearranged: Set[str] = field(default_factory=set)  # those that it rearranges
 
-    @property
-    def modules(self) -> List[str]:
-        return sorted({module_of(name) for name in self.tensors})
-
 
 def ask_model(
     initialize: Callable, model_config, load_config, quant_config, shapes: Shapes
@@ -163,10 +159,11 @@ def plan_mxfp8(initialize: Callable, loader, model_config, quant_config) -> Mxfp
             "The model cannot be asked for the checkpoint's names: %r", error
         )
         return Mxfp8Plan()
-    choices = [
-        (layer.prefix, listed.has_layer(layer.path or layer.prefix, layer.modules))
-        for layer in layers
-    ]
+    choices = []
+    for layer in layers:
+        own = sorted(set(map(module_of, layer.tensors)))
+        in_mxfp8 = listed.has_layer(layer.path or layer.prefix, own)
+        choices.append((layer.prefix, in_mxfp8))
     return Mxfp8Plan(choices, {bare_name(name): at for name, at in modules.items()})
 
 
