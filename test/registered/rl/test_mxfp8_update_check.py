@@ -469,16 +469,9 @@ class TestDeepseekV3(TinyModelTestCase):
             model = transformers.DeepseekV3ForCausalLM(config)
         cls.tensors = list(mxfp8_state(model, cls.quantize_shape).items())
         model_config = server_model_config(cls.write({}, **config.to_dict()))
-        cls.check = UpdateCheck(
-            functools.partial(
-                build_on_meta,
-                _initialize_model,
-                model_config,
-                LoadConfig(),
-                mxfp8_config(weight_block_size=[1, 32]),
-            ),
-            not_needed=(RadixAttention,),
-        )
+        configs = model_config, LoadConfig(), mxfp8_config(weight_block_size=[1, 32])
+        build = functools.partial(build_on_meta, _initialize_model, *configs)
+        cls.check = UpdateCheck(build, not_needed=(RadixAttention,))
         cls.check.follow(cls.check._model)
 
     @staticmethod
