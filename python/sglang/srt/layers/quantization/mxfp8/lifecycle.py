@@ -324,7 +324,8 @@ def _other_halves(
 
 def _from_its_number(name: str) -> str:
     """A layer's name where a checkpoint and the model agree."""
-    return name[name.find("layers.") :]
+    _, layers, rest = name.rpartition("layers.")
+    return layers + rest
 
 
 def _wait_for_streams(layers: List[Mxfp8LinearWeights]) -> None:
