@@ -158,8 +158,9 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
         self.interpret("""
             parts = set()
             kernel._multiprocessors = lambda device: (40, 1 << 20)
-            small, large = kernel.SMALL_TILINGS, kernel.LARGE
-            for kernel.SMALL_TILINGS, kernel.LARGE in ((small, large), ({}, large), ({}, 0)):
+            small, large = kernel.TILINGS, kernel.LARGE
+            any = [each for each in small if each[1] == kernel.ANY]
+            for kernel.TILINGS, kernel.LARGE in ((small, large), (any, large), (any, 0)):
                 for m, n, k in (
                     (1, 1, 32), (1, 9, 544), (1, 5, 3072), (3, 9, 544),
                     (6, 33, 160), (16, 40, 4096), (17, 65, 96), (33, 100, 2016),
@@ -225,8 +226,7 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
                     found = [compiled(kernel._sum_kernel, arch, dtype, 4, **tile)]
                     tile = {"BN": 16, "BK": 256, **decode}
                     found.append(compiled(kernel._decode_kernel, arch, dtype, 4, **tile))
-                    tilings = [*kernel.TILINGS.values()]
-                    tilings += [each for _, each in kernel.SMALL_TILINGS.values()]
+                    tilings = [tiling for *_, tiling in kernel.TILINGS]
                     has_room = arch in (80, 90, 100)
                     tilings += [kernel.LARGE_TILING] * has_room
                     for each in tilings if dtype == "bf16" else tilings[:1]:
