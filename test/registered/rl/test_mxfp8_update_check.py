@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import transformers
 from safetensors.torch import save_file
-
 from sglang.srt import server_args
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
@@ -27,7 +26,6 @@ from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
 from sglang.srt.layers.quantization.mxfp8.numerics import quantize
 from sglang.srt.layers.quantization.mxfp8.update_check import UpdateCheck
-from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.lora.layers import get_lora_layer
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model
 from sglang.srt.models.llama import LlamaForCausalLM
@@ -471,7 +469,7 @@ class TestDeepseekV3(TinyModelTestCase):
         model_config = server_model_config(cls.write({}, **config.to_dict()))
         configs = model_config, LoadConfig(), mxfp8_config(weight_block_size=[1, 32])
         build = functools.partial(build_on_meta, _initialize_model, *configs)
-        cls.check = UpdateCheck(build, not_needed=(RadixAttention,))
+        cls.check = UpdateCheck(build, model_config, is_stage=False)
         cls.check.follow(cls.check._model)
 
     @staticmethod

@@ -35,7 +35,6 @@ from sglang.srt.layers.quantization.mxfp8.self_check import checked
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
-    check_of,
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
@@ -121,7 +120,7 @@ def update_check_of(model_config, model) -> Optional[UpdateCheck]:
         return None
     if not hasattr(model, "mxfp8_update_check"):
         is_stage = get_pp_group().world_size > 1
-        model.mxfp8_update_check = check_of(
+        model.mxfp8_update_check = UpdateCheck(
             lambda: model.mxfp8_twin(), model_config, is_stage
         )
     return model.mxfp8_update_check

@@ -59,20 +59,18 @@ class UpdateCheck:
 
     Args:
         build: makes the same model on the meta device; called once, here.
-        is_part: the model is a draft or a pipeline stage, and may take none of an update.
-        not_needed: types of modules whose parameters no checkpoint has to fill.
+        model_config: of the model.
+        is_stage: the model is a stage of a pipeline.
 
     Raises CannotCheck if the model cannot be built there.
     """
 
     def __init__(
-        self,
-        build: Callable[[], torch.nn.Module],
-        is_part: bool = False,
-        not_needed: Tuple[type, ...] = (),
+        self, build: Callable[[], torch.nn.Module], model_config, is_stage: bool
     ) -> None:
-        self._is_part = is_part
-        self._not_needed = not_needed
+        # Such a model may take none of an update.
+        self._is_part = model_config.is_draft_model or is_stage
+        self._not_needed = _not_needed(model_config)
         self._passed: Dict[bytes, Tuple[Set[str], List[str]]] = {}
         self._expected: Set[str] = set()
         self._shapes: Dict[str, torch.Size] = {}  # of the checkpoint at start
@@ -264,10 +262,8 @@ class UpdateCheck:
             )
 
 
-def check_of(
-    build: Callable[[], torch.nn.Module], model_config, is_stage: bool
-) -> UpdateCheck:
-    """The check of a model that is served with this config, or of a pipeline stage."""
+def _not_needed(model_config) -> Tuple[type, ...]:
+    """Types of modules whose parameters no checkpoint has to fill."""
     not_needed = [RadixAttention]  # a KV cache's scales have a default
     if model_config.is_draft_model:
         not_needed.append(VocabParallelEmbedding)  # the target's
@@ -277,8 +273,7 @@ def check_of(
 
         not_needed.append(ParallelLMHead)  # never run
         not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
-    is_part = model_config.is_draft_model or is_stage
-    return UpdateCheck(build, is_part, tuple(not_needed))
+    return tuple(not_needed)
 
 
 class _CheckedLoad(MetaLoad):

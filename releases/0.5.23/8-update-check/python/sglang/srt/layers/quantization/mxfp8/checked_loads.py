@@ -45,7 +45,7 @@ def _make_check(loader, model_config, model: torch.nn.Module):
     """The UpdateCheck of a model that is built; None if it is not checked."""
     from sglang.srt.layers.quantization.mxfp8.update_check import (
         ACCEPT_UNCHECKED,
-        check_of,
+        UpdateCheck,
     )
     from sglang.srt.model_loader import loader as loaders
 
@@ -70,7 +70,7 @@ def _make_check(loader, model_config, model: torch.nn.Module):
         twin.load_weights = _by_name(twin.load_weights)
         return twin
 
-    return check_of(build, model_config, get_parallel().pp_size > 1)
+    return UpdateCheck(build, model_config, get_parallel().pp_size > 1)
 
 
 def _by_name(load_weights: Callable) -> Callable:
