@@ -9,18 +9,13 @@ nothing to move on a CPU.
 import contextlib
 import itertools
 import os
-import signal
 import sys
 import types
 import unittest
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig
-
-from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.connector import create_remote_connector
-from sglang.srt.connector.remote_instance import RemoteInstanceConnector
+from sglang.srt.connector import BaseKVConnector, RemoteInstanceConnector
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.weights import (
     check_parameters,
@@ -39,6 +34,7 @@ from sglang.test.mxfp8_utils import (
     mxfp8_config,
     tiny_llama_tensors,
 )
+from transformers import LlamaConfig
 
 register_cpu_ci(est_time=30, suite="default")
 
@@ -136,48 +132,39 @@ class TestLostBytes(TinyModelTestCase):
         self.assert_updates(model)
 
 
-class TestRemoteKeyValue(TinyModelTestCase):
-    def test_a_model_is_saved_and_loaded(self):
-        store, client = {}, mock.Mock()
-        client.get, client.set = store.get, store.__setitem__
-        client.scan = lambda cursor, match: (
-            0,
-            [key.encode() for key in store if key.startswith(match.removesuffix("*"))],
+class TestRemote(TinyModelTestCase):
+    def connector(self, kind: type) -> mock.MagicMock:
+        """What the loaders get for any address."""
+        connector = mock.MagicMock(spec=kind)
+        connector.__enter__.return_value = connector
+        connect = mock.Mock(return_value=connector)
+        self.enterContext(
+            mock.patch.object(loaders, "create_remote_connector", connect)
         )
-        redis = mock.Mock(Redis=mock.Mock(return_value=client))
-        self.enterContext(mock.patch.dict(sys.modules, redis=redis))
-        for number in (signal.SIGINT, signal.SIGTERM):  # connectors take them over
-            self.addCleanup(signal.signal, number, signal.getsignal(number))
-        url = "redis://localhost:6379/tiny"
+        return connector
+
+    def test_a_model_is_saved_and_loaded(self):
+        store, connector = {}, self.connector(BaseKVConnector)
+        connector.set = lambda key, tensor: store.update({key: tensor.clone()})
+        connector.weight_iterator = lambda rank: (
+            (key.rpartition("/")[2], tensor) for key, tensor in store.items()
+        )
         model = load_on_cpu(self.path_a)
         runner = model_runner(model, model_config=mock.Mock(model_path=self.path_a))
-        # 0.5.9 forgets to pass the device when it saves.
-        connect = lambda url, device="cpu": create_remote_connector(url, device)
-        with mock.patch.object(loaders, "create_remote_connector", connect):
-            runner.save_remote_model(url)
+        runner.save_remote_model("redis://localhost:6379/tiny")
         self.assert_serves(model, self.a)
-        # As the server does for a remote URL.
-        with mock.patch.object(ModelConfig, "model_weights", url, create=True):
-            loaded = load_on_cpu(self.path_a, load_format="remote")
+        loaded = load_on_cpu(self.path_a, load_format="remote")
         self.assert_serves(loaded, self.a)
         self.assert_updates(loaded)
 
-
-class TestRemoteInstance(TinyModelTestCase):
     def test_a_server_gets_its_weights_from_another(self):
         """Which serves checkpoint b; the server that gets them reads the config of a."""
-        connector = mock.MagicMock(spec=RemoteInstanceConnector)
-        connector.__enter__.return_value = connector
-        connector._model_update_group = None
-        connect = mock.patch.multiple(
-            loaders,
-            create_remote_connector=lambda *_: connector,
-            trigger_transferring_weights_request=mock.Mock(),
-        )
+        self.connector(RemoteInstanceConnector)._model_update_group = None
         sent = []
         for owner, name, stand_in in (
             (torch.cuda, "synchronize", lambda: None),
             (torch.distributed.distributed_c10d, "destroy_process_group", id),
+            (loaders, "trigger_transferring_weights_request", mock.Mock()),
         ):
             self.enterContext(mock.patch.object(owner, name, stand_in))
 
@@ -192,7 +179,7 @@ class TestRemoteInstance(TinyModelTestCase):
                 "127.0.0.1", "1", "weights"
             )
         self.assertTrue(success, message)
-        with connect, broadcast(lambda tensor: tensor.copy_(sent.pop(0))):
+        with broadcast(lambda tensor: tensor.copy_(sent.pop(0))):
             receiver = load_on_cpu(
                 self.path_a,
                 load_format="remote_instance",
