@@ -15,6 +15,8 @@ import unittest
 from unittest import mock
 
 import torch
+from transformers import LlamaConfig
+
 from sglang.srt.connector import BaseKVConnector, RemoteInstanceConnector
 from sglang.srt.layers.quantization.mxfp8.lifecycle import mxfp8_checkpoint_form
 from sglang.srt.layers.quantization.mxfp8.weights import (
@@ -34,7 +36,6 @@ from sglang.test.mxfp8_utils import (
     mxfp8_config,
     tiny_llama_tensors,
 )
-from transformers import LlamaConfig
 
 register_cpu_ci(est_time=30, suite="default")
 

@@ -6,6 +6,7 @@ import tempfile
 import unittest
 
 import torch
+
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.linear import QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.quantization.mxfp8 import agreement

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import transformers
 from safetensors.torch import save_file
+
 from sglang.srt import server_args
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs

@@ -15,6 +15,8 @@ import unittest
 
 import requests
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from sglang.srt.utils import init_custom_process_group
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from sglang.test import mxfp8_utils
@@ -35,7 +37,6 @@ from sglang.test.mxfp8_utils import (
     write_checkpoint,
 )
 from sglang.test.test_utils import CustomTestCase
-from transformers import LlamaConfig, LlamaForCausalLM
 
 register_cpu_ci(est_time=80, suite="default")
 

@@ -7,9 +7,10 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 WEIGHT, SCALE = "weight", "weight_scale_inv"
 # What a scale is called in checkpoints of ModelOpt and compressed-tensors.

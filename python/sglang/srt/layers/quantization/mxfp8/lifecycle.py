@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
 import torch
+
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
+
 from sglang.srt.layers.quantization.mxfp8.formats import bare_name
 from sglang.srt.layers.quantization.mxfp8.headers import (
     Header,

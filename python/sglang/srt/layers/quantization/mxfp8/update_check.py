@@ -9,6 +9,8 @@ import os
 from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.mxfp8.agreement import (
     CannotCheck,
@@ -43,7 +45,6 @@ from sglang.srt.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 NamedTensors = Iterable[Tuple[str, torch.Tensor]]
 
