@@ -12,7 +12,7 @@ import flashinfer
 import torch
 from flashinfer.autotuner import AutoTuner, autotune
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.profiler import profile
 
 from sglang.srt.environ import envs
 from sglang.srt.layers import linear, parameter
@@ -477,16 +477,7 @@ class TestAutotuning(CustomTestCase):
         self.assertEqual(seen, [False])
 
 
-class TorchOps(TorchDispatchMode):
-    """Lists the torch ops that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops.append(func)
-        return func(*args, **(kwargs or {}))
+VIEWS = {"aten::as_strided", "aten::reshape", "aten::t", "aten::view"}
 
 
 class TestHostOverhead(CustomTestCase):
@@ -501,10 +492,11 @@ class TestHostOverhead(CustomTestCase):
         layers = [loaded_mxfp8_linear(n, k, backend)[0] for backend in BACKENDS]
         for layer, (shape, views) in product(layers, (((m,), 2), ((2, m // 2), 4))):
             x = torch.randn(*shape, k).bfloat16()
-            with torch.inference_mode(), flashinfer_is(*stubs), TorchOps() as counted:
+            with torch.inference_mode(), flashinfer_is(*stubs), profile() as profiled:
                 found = layer.quant_method.apply(layer, x, None)
-            self.assertTrue(all(op.is_view for op in counted.ops), counted.ops)
-            self.assertLessEqual(len(counted.ops), views, counted.ops)
+            ops = [event.name for event in profiled.events() if not event.cpu_parent]
+            self.assertLessEqual(set(ops), VIEWS)
+            self.assertLessEqual(len(ops), views, ops)
             self.assertEqual(found.shape, (*shape, n))
 
 
