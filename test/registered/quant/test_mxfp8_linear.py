@@ -1,6 +1,5 @@
 """MXFP8 linear layers of a real sglang, kernels emulated: their life, calls, loading."""
 
-import contextlib
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
@@ -417,21 +416,11 @@ class TestCalls(CustomTestCase):
         assert_product(output, x, weight, scale)
 
 
-@contextlib.contextmanager
-def flashinfer_is(mxfp8_quantize, mm_mxfp8):
-    """As on a GPU that has FlashInfer's kernels, with these in their place."""
-    with mock.patch.multiple(
-        flashinfer, mxfp8_quantize=mxfp8_quantize, mm_mxfp8=mm_mxfp8
-    ), mock.patch.object(fp8_utils, "mxfp8_kernels_missing", lambda _: ""):
-        fp8_utils._kernels.cache_clear()
-        try:
-            yield
-        finally:
-            fp8_utils._kernels.cache_clear()
+VIEWS = {"aten::as_strided", "aten::reshape", "aten::t", "aten::view"}
 
 
-class TestAutotuning(CustomTestCase):
-    """FlashInfer's own tuner, around a stubbed GEMM."""
+class TestOnFlashInfer(CustomTestCase):
+    """FlashInfer's signatures and its tuner, around stubs in place of its kernels."""
 
     def test_the_gemm_is_not_tuned_before_0_6_14_nor_with_8x4(self):
         """Though it fails; others are tuned after it, and the log says so once."""
@@ -460,44 +449,35 @@ class TestAutotuning(CustomTestCase):
         self.assertEqual(len(logs.output), 1)
         self.assertIn("autotuner passes over MXFP8", logs.output[0])
 
-    def test_a_layer_is_not_tuned(self):
-        seen = []
-
-        def mm_mxfp8(*args, **kwargs):
-            seen.append(AutoTuner.get().is_tuning_mode)
-            return emulation.mm_mxfp8(*args, **kwargs)
-
-        def mxfp8_quantize(x, sf_swizzle_layout):
-            self.assertEqual(sf_swizzle_layout, flashinfer.SfLayout.layout_8x4)
-            return emulation.mxfp8_quantize(x, True)
-
-        layer, weight, scale = loaded_mxfp8_linear(256, 512)
-        with flashinfer_is(mxfp8_quantize, mm_mxfp8), autotune():
-            assert_multiplies(layer, torch.randn(3, 512).bfloat16(), weight, scale)
-        self.assertEqual(seen, [False])
-
-
-VIEWS = {"aten::as_strided", "aten::reshape", "aten::t", "aten::view"}
-
-
-class TestHostOverhead(CustomTestCase):
-    """What a call costs the host, as far as no clock is needed."""
-
-    def test_beside_the_kernels_there_are_a_few_views(self):
+    def test_a_call_is_not_tuned_and_has_a_few_views_beside_the_kernels(self):
         """No copy and no allocation, so the kernels get the tensors themselves."""
         n, k, m = 576, 768, 64  # their scale is padded
         quantized = torch.empty(m, k, dtype=torch.float8_e4m3fn), torch.empty(0).byte()
-        output = torch.empty(m, n, dtype=torch.bfloat16)
-        stubs = mock.Mock(return_value=quantized), mock.Mock(return_value=output)
+        output, tuning = torch.empty(m, n, dtype=torch.bfloat16), []
+
+        def multiply(*_, **__):
+            tuning.append(AutoTuner.get().is_tuning_mode)
+            return output
+
+        self.addCleanup(fp8_utils._kernels.cache_clear)
+        for owner, name, stub in (
+            (flashinfer, "mxfp8_quantize", dict(return_value=quantized)),
+            (flashinfer, "mm_mxfp8", dict(side_effect=multiply)),
+            (fp8_utils, "mxfp8_kernels_missing", dict(return_value="")),
+        ):
+            patch = mock.patch.object(owner, name, autospec=True, **stub)
+            self.enterContext(patch)
         layers = [loaded_mxfp8_linear(n, k, backend)[0] for backend in BACKENDS]
+        fp8_utils._kernels.cache_clear()
         for layer, (shape, views) in product(layers, (((m,), 2), ((2, m // 2), 4))):
             x = torch.randn(*shape, k).bfloat16()
-            with torch.inference_mode(), flashinfer_is(*stubs), profile() as profiled:
+            with torch.inference_mode(), autotune(), profile() as profiled:
                 found = layer.quant_method.apply(layer, x, None)
             ops = [event.name for event in profiled.events() if not event.cpu_parent]
             self.assertLessEqual(set(ops), VIEWS)
             self.assertLessEqual(len(ops), views, ops)
             self.assertEqual(found.shape, (*shape, n))
+        self.assertEqual(set(tuning), {False})
 
 
 def named(i, weight, scale):

@@ -82,15 +82,6 @@ def with_fp16_sums(a, *args, **options):
     return total.bfloat16()
 
 
-def reads_padded_columns(a, b, a_scale, b_scale, **options):
-    """As a kernel that reads whole tiles of scales: zero times what padding holds."""
-    groups = a.shape[1] // 32
-    whole = layout.align(groups, layout.SCALE_GROUP_TILE)
-    padding = layout.unswizzle_scale(a_scale, a.shape[0], whole)[:, groups:]
-    as_numbers = padding.bfloat16().masked_fill(padding == 255, math.nan)
-    return multiply(a, b, a_scale, b_scale, **options) + 0.0 * as_numbers.sum()
-
-
 def raises(*args, **options):
     raise RuntimeError("no such kernel image")
 
@@ -179,19 +170,6 @@ class TestSelfCheck(CustomTestCase):
                 weights = self.check(wrong_with_8x4, flag)
             self.assertEqual((weights.backend, weights.choice.max_m_8x4), (TRTLLM, 0))
             self.assertIn("8x4 scales is wrong", logs.output[0])
-
-    def test_padding_that_is_not_zero(self):
-        quantize = emulation.mxfp8_quantize
-
-        def with_padding(x, use_8x4_sf_layout=False):
-            values, scale = quantize(x, use_8x4_sf_layout)
-            ones = torch.ones(x.shape[0], x.shape[1] // 32, dtype=torch.uint8)
-            return values, scale.masked_fill(layout.swizzle_scale(ones) == 0, 255)
-
-        for quantizer, expected in (quantize, CUTLASS), (with_padding, WEIGHT_ONLY):
-            with mock.patch.object(emulation, "mxfp8_quantize", quantizer):
-                weights = self.check(reads_padded_columns, k=288, backends="cutlass")
-            self.assertEqual(weights.backend, expected)
 
     def test_what_another_rank_found_counts_here(self):
         run = mock.Mock(side_effect=self_check.run_kernel)
