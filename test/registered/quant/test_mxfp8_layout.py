@@ -5,9 +5,9 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8 import layout
+from sglang.srt.layers.quantization.mxfp8 import layout, shuffle_kernel
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.lone_kernel import run_with_kernel
+from sglang.test.lone_kernel import compiled, run_interpreted
 from sglang.test.mxfp8_utils import for_random
 from sglang.test.test_utils import CustomTestCase
 
@@ -111,7 +111,7 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
     """The Triton kernel where there is no GPU: interpreted, and compiled for one."""
 
     def test_interpreted_kernel_shuffles_in_place_and_back(self):
-        run_with_kernel(
+        run_interpreted(
             self,
             "shuffle_kernel",
             """
@@ -130,37 +130,27 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
                 kernel.rotate_rows_(weight, 4)
                 assert torch.equal(buffer, before), (n, k)
             """,
-            TRITON_INTERPRET="1",
         )
 
     def test_a_thread_reads_and_writes_only_its_own_16_bytes_of_a_row(self):
         # The kernel has no barrier, so it is right only if no value changes threads.
-        run_with_kernel(
-            self,
-            "shuffle_kernel",
-            """
-            import triton
-            from triton.backends.compiler import GPUTarget
-            from triton.compiler import ASTSource
-
-            types = {"matrix": "*i64", "vectors": "i32"}
-            types.update(FACTOR="constexpr", TILE="constexpr")
-            for tile in (64, 128, 256):
-                values = {"FACTOR": 8, "TILE": tile}
-                aligned = {(0,): [["tt.divisibility", 16]]}
-                source = ASTSource(kernel._rotate_rows, types, values, aligned)
-                compiled = triton.compile(
-                    source,
-                    target=GPUTarget("cuda", 100, 32),
-                    options={"num_warps": tile // 64},
-                )
-                ptx = compiled.asm["ptx"]
-                assert "convert_layout" not in compiled.asm["ttgir"]
-                assert compiled.metadata.shared == 0 and "bar.sync" not in ptx
-                for access in ("ld.global", "st.global"):
-                    assert ptx.count(access) == ptx.count(access + ".v2.b64") == 5, ptx
-            """,
-        )
+        for tile in (64, 128, 256):
+            made = compiled(
+                shuffle_kernel._rotate_rows,
+                arch=100,
+                warps=tile // 64,
+                types={"matrix": "*i64"},
+                aligned={"matrix"},
+                FACTOR=8,
+                TILE=tile,
+            )
+            ptx = made.asm["ptx"]
+            self.assertNotIn("convert_layout", made.asm["ttgir"])
+            self.assertEqual(made.metadata.shared, 0)
+            self.assertNotIn("bar.sync", ptx)
+            for access in ("ld.global", "st.global"):
+                vectors = ptx.count(f"{access}.v2.b64")
+                self.assertEqual((ptx.count(access), vectors), (5, 5), ptx)
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
