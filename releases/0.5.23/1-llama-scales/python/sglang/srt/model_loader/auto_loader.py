@@ -4,9 +4,8 @@ _llama_remap
 """
 
 from overlay.marks import prepend
-from torch import nn
-
 from sglang.srt.models.utils import WeightsMapper
+from torch import nn
 
 
 @prepend

@@ -14,7 +14,6 @@ from compressed_tensors.quantization import (
     preset_name_to_scheme,
 )
 from safetensors.torch import save_file
-
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig

@@ -16,7 +16,6 @@ from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod

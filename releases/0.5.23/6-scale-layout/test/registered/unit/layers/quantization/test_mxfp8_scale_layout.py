@@ -11,7 +11,6 @@ from unittest import mock
 
 import flashinfer
 import torch
-
 from sglang.srt.environ import envs
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8, fp8_utils

@@ -17,10 +17,9 @@ from types import SimpleNamespace
 from unittest import mock
 
 import flashinfer
-import torch
-
 import sglang.kernels.ops.gemm.fp8_kernel as gemm_kernels
 import sglang.kernels.ops.quantization.fp8_kernel as quantizers
+import torch
 from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.device_communicators import pynccl
 from sglang.srt.layers.linear import ReplicatedLinear

@@ -3,7 +3,6 @@
 import unittest
 
 import torch
-
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Iterator, List, Tuple
 
 import torch
-
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import (
     Mxfp8DenseGemmBackend,

@@ -6,7 +6,6 @@ from contextvars import ContextVar
 from typing import Callable, Optional
 
 import torch
-
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import (

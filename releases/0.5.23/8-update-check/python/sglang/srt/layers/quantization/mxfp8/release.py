@@ -4,7 +4,6 @@ import re
 from typing import Iterable, Iterator, List, Tuple
 
 import torch
-
 from sglang.srt.runtime_context import get_model
 
 WEIGHT, SCALE, OTHER_SCALE = "weight", "weight_scale_inv", "weight_scale"
