@@ -76,7 +76,7 @@ def make_linear(
 ) -> ReplicatedLinear:
     """A linear [N, K] of an MXFP8 checkpoint, or of a bf16 one that it quantizes."""
     init_single_process_dist()
-    config = Fp8Config(serialized, weight_block_size=[1, 32], use_mxfp8=True)
+    config = Fp8Config(is_checkpoint_fp8_serialized=serialized, use_mxfp8=True)
     return ReplicatedLinear(k, n, bias=bias, params_dtype=dtype, quant_config=config)
 
 
