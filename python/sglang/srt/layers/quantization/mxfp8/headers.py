@@ -72,9 +72,10 @@ def _read_safetensors(file: str) -> Iterator[Tuple[str, Header]]:
                 view = tensors.get_slice(name)
                 kind = view.get_dtype()
                 if kind not in dtypes:
-                    dtypes[kind] = tensors.get_tensor(name).dtype
+                    nothing = view[:0] if view.get_shape() else view[...]
+                    dtypes[kind] = nothing.dtype
                 yield name, Header(dtypes[kind], view.get_shape())
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: of F4
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
 
 

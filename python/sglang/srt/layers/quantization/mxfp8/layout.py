@@ -10,7 +10,7 @@ epilogue tile of 128 (row order), `block_scale_interleave` (128x4) and
 `get_sf_out_offset_8x4` (8x4).
 """
 
-from typing import Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 
@@ -101,6 +101,35 @@ def unswizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) 
     """Inverse of `swizzle_scale_`; what follows the scale in `room` is left undefined."""
     plain = unswizzle_scale(room, rows, groups, 128, shuffle)
     room[: rows * groups].view(rows, groups).copy_(plain)
+
+
+def checkpoint_slabs(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    swizzled: Optional[torch.Tensor],
+    shuffled: bool,
+) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Rows, and the weight and scale that a checkpoint has for them.
+
+    Of so many rows that they and their absolute values in fp64 take about 64 MiB.
+
+    Args:
+        weight, scale: [N, K] and [N, K // 32] of a layer.
+        swizzled: the scale in the 128x4 layout, if it is to be read from that.
+        shuffled: the rows of the weight and of `swizzled` are a trtllm weight's.
+    """
+    (n, k), groups = weight.shape, scale.shape[1]
+    step = max(1, MAX_TEMPORARY_BYTES // (16 * 128 * k)) * 128
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        part, part_scale = weight[rows], scale[rows]
+        if swizzled is not None:
+            size = swizzled_scale_numel(len(part), groups)
+            tiles = swizzled[swizzled_scale_numel(start, groups) :][:size]
+            part_scale = unswizzle_scale(tiles, len(part), groups, shuffle=shuffled)
+        if shuffled:
+            part = unshuffle_rows(part)
+        yield rows, part, part_scale
 
 
 # Seen as 4-byte words, with the row index in three factors, a swizzled scale is the plain

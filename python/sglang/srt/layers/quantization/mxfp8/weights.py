@@ -23,6 +23,7 @@ from sglang.srt.layers.quantization.mxfp8.agreement import HalfMoved
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
+    checkpoint_slabs,
     shuffle_rows_,
     swizzle_scale_,
     swizzled_scale_numel,
@@ -232,29 +233,12 @@ class Mxfp8LinearWeights:
             return whole
 
     def checkpoint_slabs(self) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Rows, and the weight and scale that a checkpoint has for them, from either form.
-
-        Of so many rows that they and their absolute values in fp64 take about 64 MiB.
-        """
+        """`layout.checkpoint_slabs` of this layer, from either form."""
         weight, scale = self.layer.weight.data, self.layer.weight_scale_inv.data
-        (n, k), groups = weight.shape, scale.shape[1]
         moved = self.form == Form.KERNEL and self.backend.is_flashinfer()
+        swizzled = kernel_scale(scale) if moved else None
         shuffled = moved and self.backend.is_flashinfer_trtllm()
-        step = max(1, MAX_TEMPORARY_BYTES // (16 * 128 * k)) * 128
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            part, part_scale = weight[rows], scale[rows]
-            if moved:
-                tiles = swizzled_scale_numel(start, groups)
-                swizzled = kernel_scale(scale)[tiles:][
-                    : swizzled_scale_numel(len(part), groups)
-                ]
-                part_scale = unswizzle_scale(
-                    swizzled, len(part), groups, shuffle=shuffled
-                )
-            if shuffled:
-                part = unshuffle_rows(part)
-            yield rows, part, part_scale
+        return checkpoint_slabs(weight, scale, swizzled, shuffled)
 
     def as_bytes_of(self, param, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """`loaded` in the parameter's dtype, without conversion, or ValueError."""

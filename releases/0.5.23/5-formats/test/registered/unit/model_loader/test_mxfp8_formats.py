@@ -13,38 +13,26 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     preset_name_to_scheme,
 )
-from safetensors.torch import save_file
 
-from sglang.srt.configs.device_config import DeviceConfig
-from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.utils import is_layer_skipped
-from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
+from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.models.utils import WeightsMapper
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.layer_ut_utils import init_single_process_dist
+from sglang.test.mxfp8_checkpoints import (
+    LAYERS,
+    LINEARS,
+    MXFP8,
+    PARTS,
+    SIZE,
+    load_checkpoint,
+    random_tensors,
+    write_checkpoint,
+)
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=30, suite="base-a-test-cpu")
-
-LAYERS = [f"model.layers.{i}" for i in range(2)]
-PARTS = [f"self_attn.{name}_proj" for name in "qkvo"]
-PARTS += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
-LINEARS = [f"{layer}.{part}" for layer in LAYERS for part in PARTS]
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "torch_dtype": "bfloat16",
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 64,
-    "tie_word_embeddings": True,
-}
 
 # nvidia-modelopt 0.47.0, with the attention of layer 0 switched off.
 MODELOPT = {
@@ -62,13 +50,7 @@ SIDECAR = {
         "exclude_modules": MODELOPT["ignore"],
     },
 }
-OWN = {
-    "quant_method": "mxfp8",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [1, 32],
-    "scale_fmt": "ue8m0",
-    "modules_to_not_convert": ["mlp.gate", "*.0.self_attn.*"],
-}
+OWN = {**MXFP8, "modules_to_not_convert": ["mlp.gate", "*.0.self_attn.*"]}
 
 
 def group(preset="MXFP8", targets=("Linear",)) -> dict:
@@ -92,43 +74,25 @@ def mixed(*algorithms: str) -> dict:
 
 
 class TestMxfp8Formats(CustomTestCase):
-    @classmethod
-    def setUpClass(cls):
-        init_single_process_dist()
-
     def write(self, quantization=None, sidecar=None, bf16=()) -> None:
         """A checkpoint that declares this, with the linears `bf16` as they are."""
-        folder = TemporaryDirectory()  # a new one, since configs are cached by path
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name)
-        names = ["input_layernorm", "post_attention_layernorm"]
-        norms = [f"{layer}.{name}" for layer in LAYERS for name in names]
-        heads = [f"{layer}.self_attn.{name}_norm" for layer in LAYERS for name in "qk"]
-        norms += ["model.norm", *heads]
-        self.tensors = {f"{norm}.weight": torch.ones(64).bfloat16() for norm in norms}
-        for name in ["model.embed_tokens", *LINEARS]:
-            self.tensors[f"{name}.weight"] = torch.randn(64, 64).bfloat16()
-        for name in set(LINEARS) - set(bf16):
-            weight = self.tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
-            scale = torch.randint(110, 130, (64, 2), dtype=torch.uint8)
-            self.tensors |= {f"{name}.weight": weight, f"{name}.weight_scale": scale}
-        save_file(self.tensors, self.path / "model.safetensors")
-        extra = {"quantization_config": quantization} if quantization else {}
-        (self.path / "config.json").write_text(json.dumps({**CONFIG, **extra}))
+        scales = {n: n.replace("_scale_inv", "_scale") for n in random_tensors()}
+        self.tensors = {scales[n]: t for n, t in random_tensors().items()}
+        for name in bf16:
+            del self.tensors[f"{name}.weight_scale"]
+            self.tensors[f"{name}.weight"] = torch.randn(SIZE, SIZE).bfloat16()
+        directory = self.enterContext(TemporaryDirectory())
+        self.path = write_checkpoint(directory, self.tensors, quantization)
         if sidecar:
-            (self.path / "hf_quant_config.json").write_text(json.dumps(sidecar))
+            Path(self.path, "hf_quant_config.json").write_text(json.dumps(sidecar))
 
     def config(self, flag=None) -> ModelConfig:
-        return ModelConfig(str(self.path), quantization=flag)
+        return ModelConfig(self.path, quantization=flag)
 
     def assert_loads(self, flag=None) -> None:
         """Every linear holds the checkpoint's bytes, in the checkpoint's dtype."""
-        config = self.config(flag)
-        loader = get_model_loader(LoadConfig(), config)
         with mock.patch.object(DefaultModelLoader, "postprocess_weights"):
-            model = loader.load_model(
-                model_config=config, device_config=DeviceConfig("cpu")
-            )
+            model = load_checkpoint(self.path, flag)
         modules, held = dict(model.named_modules()), {}
         for layer in LAYERS:
             for name, parts in (
@@ -139,7 +103,7 @@ class TestMxfp8Formats(CustomTestCase):
             ):
                 linear = modules[f"{layer}.{name}"]
                 for i, part in enumerate(f"{layer}.{part}" for part in parts):
-                    rows = slice(64 * i, 64 * i + 64)
+                    rows = slice(SIZE * i, SIZE * i + SIZE)
                     held[f"{part}.weight"] = linear.weight[rows]
                     if isinstance(linear.quant_method, Fp8LinearMethod):
                         scale = linear.weight_scale_inv[rows]

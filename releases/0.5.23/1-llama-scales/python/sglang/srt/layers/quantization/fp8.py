@@ -3,7 +3,6 @@ take_e8m0_bytes, Fp8LinearMethod.create_fp8_weight_
     why: a float8_e8m0fnu scale is copied into its uint8 parameter by value: 2**-12 becomes 0
 """
 
-
 import torch
 from overlay.marks import prepend
 

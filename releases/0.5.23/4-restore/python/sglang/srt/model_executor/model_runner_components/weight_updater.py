@@ -1,15 +1,13 @@
 """
-WeightUpdater.update_weights_from_disk, WeightUpdater._served, keeps_served_path
+WeightUpdater.update_weights_from_disk, keeps_served_path
     why: the rollback read the new folder again, and a failure left its path in the config
 """
 
+import copy
 import functools
-from typing import TYPE_CHECKING, Callable
+from typing import Callable
 
 from overlay.marks import decorate, prepend, splice
-
-if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
 
 
 def keeps_served_path(update: Callable) -> Callable:
@@ -23,7 +21,7 @@ def keeps_served_path(update: Callable) -> Callable:
             return success, message
         finally:
             if not success:
-                self._served(path)
+                self.model_config.model_path = path
 
     return run
 
@@ -35,13 +33,8 @@ class WeightUpdater:
 
     @prepend
     def update_weights_from_disk(self):
-        served_path = self.model_config.model_path
+        served_config = copy.copy(self.model_config)
 
     @splice(within="except Exception as e")
-    def update_weights_from_disk(self, get_weight_iter, served_path):
-        iter = get_weight_iter(self._served(served_path))
-
-    def _served(self, path: str) -> "ModelConfig":
-        """The config, of the checkpoint at `path` again."""
-        self.model_config.model_path = path
-        return self.model_config
+    def update_weights_from_disk(self, get_weight_iter, served_config):
+        iter = get_weight_iter(served_config)

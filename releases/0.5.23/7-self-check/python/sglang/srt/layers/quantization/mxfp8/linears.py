@@ -4,7 +4,6 @@ these names.
 
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Iterator, List, Tuple
 
 import torch
@@ -19,12 +18,7 @@ from sglang.srt.layers.quantization.fp8_utils import (
     trtllm_mxfp8_linear,
 )
 from sglang.srt.layers.quantization.mxfp8 import shapes
-from sglang.srt.layers.quantization.mxfp8.layout import (
-    MAX_TEMPORARY_BYTES,
-    align,
-    unshuffle_rows,
-    unswizzle_scale,
-)
+from sglang.srt.layers.quantization.mxfp8.layout import checkpoint_slabs
 from sglang.srt.layers.quantization.mxfp8.numerics import GROUP_SIZE
 from sglang.srt.layers.quantization.mxfp8.weight_only import max_m_fused
 from sglang.srt.runtime_context import SpawnRanks, get_exec, get_parallel, publish
@@ -78,24 +72,12 @@ class Linear:
         return may_be and self.layer.weight.is_cpu
 
     def checkpoint_slabs(self) -> Iterator[Tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Rows, and the weight and scale that a checkpoint has for them.
-
-        Of so many rows that they and their absolute values in fp64 take about 64 MiB.
-        """
-        layer = self.layer
+        """`layout.checkpoint_slabs` of this layer."""
+        layer, swizzled = self.layer, None
+        if shuffled := getattr(layer, "mxfp8_is_shuffled", False):
+            swizzled = layer.weight_scale_inv_shuffled.data.view(-1)
         weight, scale = layer.weight.data, layer.weight_scale_inv.data
-        (n, k), groups = weight.shape, scale.shape[1]
-        step = max(1, MAX_TEMPORARY_BYTES // (16 * 128 * k)) * 128
-        for start in range(0, n, step):
-            rows = slice(start, min(start + step, n))
-            part, part_scale = weight[rows], scale[rows]
-            if getattr(layer, "mxfp8_is_shuffled", False):
-                tiles = layer.weight_scale_inv_shuffled[start:][: align(len(part), 128)]
-                part_scale = unswizzle_scale(
-                    tiles.view(-1), len(part), groups, shuffle=True
-                )
-                part = unshuffle_rows(part)
-            yield rows, part, part_scale
+        return checkpoint_slabs(weight, scale, swizzled, shuffled)
 
 
 def linears_of(model: torch.nn.Module) -> List[Linear]:
@@ -108,11 +90,10 @@ def _is_served(module: torch.nn.Module) -> bool:
     method = getattr(module, "quant_method", None)
     if not isinstance(method, Fp8LinearMethod) or not method.use_mxfp8:
         return False
-    backend, scale = method.mxfp8_dense_backend, getattr(
-        module, "weight_scale_inv", None
-    )
+    backend = method.mxfp8_dense_backend
     if backend is None or backend.is_gfx95():
         return False
+    scale = getattr(module, "weight_scale_inv", None)
     if scale is None:  # before a bf16 weight is quantized
         return True
     n, k = module.weight.shape
@@ -121,10 +102,8 @@ def _is_served(module: torch.nn.Module) -> bool:
 
 def largest_scale(linear: Linear) -> int:
     """The largest byte among the weight's scales."""
-    layer = linear.layer
-    return int(
-        getattr(layer, "weight_scale_inv_shuffled", layer.weight_scale_inv).max()
-    )
+    scale = linear.layer.weight_scale_inv
+    return int(getattr(linear.layer, "weight_scale_inv_shuffled", scale).max())
 
 
 def run(linear: Linear, x: torch.Tensor) -> torch.Tensor:
@@ -151,11 +130,9 @@ def choice_after(linear: Linear, dtype: torch.dtype, reason: str) -> Choice:
     """
     failed, order = linear.backend, mxfp8_dense_gemm_fallbacks()
     if failed.value == get_fp8_gemm_runner_backend().value or failed == order[-1]:
-        way_out = "the model in bf16"
-        if failed != order[-1]:
-            way_out = f"with --fp8-gemm-backend auto, or {way_out}"
         raise RuntimeError(
-            f"{reason}. Serve {way_out}; SGLANG_MXFP8_SELF_CHECK=0 leaves the check out"
+            f"{reason}. Serve {WITH_ANOTHER_BACKEND}, or the model in bf16; "
+            "SGLANG_MXFP8_SELF_CHECK=0 leaves the check out"
         )
     if failed in order:
         order = order[order.index(failed) + 1 :]
@@ -165,14 +142,12 @@ def choice_after(linear: Linear, dtype: torch.dtype, reason: str) -> Choice:
 
 
 def use(linear: Linear, choice: Choice) -> None:
-    """Serve on another backend from now on, or without 8x4."""
+    """Serve on another backend from now on, or on trtllm without 8x4: no other layer leaves
+    trtllm, which only the flag chooses."""
     method = linear.method
     if choice.backend.is_flashinfer_trtllm():
-        method.w8a8_mxfp8_linear = partial(
-            trtllm_mxfp8_linear, max_m_8x4=choice.max_m_8x4
-        )
+        method.w8a8_mxfp8_linear = trtllm_mxfp8_linear
         return
-    method.restore_weights_before_loading(linear.layer)
     method.mxfp8_dense_backend = choice.backend
     method.w8a8_mxfp8_linear = mxfp8_linear_of(choice.backend)
     method.process_weights_after_loading(linear.layer)
