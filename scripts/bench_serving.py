@@ -44,14 +44,12 @@ if __name__ == "__main__" and importlib.util.find_spec("sglang") is None:
     run_in_venv()
 
 import requests
-from serve import CPU_FLAGS, http, stop
+from serve import CPU_FLAGS, Failed, log_end, say, stop, wait_until_healthy
 
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = "REHEARSAL on a CPU, kernels emulated: it says nothing about speed."
 REHEARSAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
-say = partial(print, file=sys.stderr, flush=True)
 HOST = "127.0.0.1"
-START_LIMIT_S = 3600
 LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 # What the servers differ in must not come from the shell.
 OURS = (LAYOUT, "SGLANG_MXFP8_LINEAR_BACKEND", "SGLANG_MXFP8_EMULATION")
@@ -96,10 +94,6 @@ SMALL = {
     "gsm8k": str(ROOT / "benchmark" / "mxfp8" / "questions.jsonl"),
 }
 Session = argparse.Namespace
-
-
-class Failed(Exception):
-    """Why a run, or the session, cannot be finished."""
 
 
 def parse_arguments(arguments: list[str]) -> Session:
@@ -213,10 +207,6 @@ def run(session: Session, module: str, flags: list, log: Path) -> None:
         raise Failed(f"{module} failed\n{log_end(log)}")
 
 
-def log_end(log: Path) -> str:
-    return "\n".join([f"The end of {log}:", *log.read_text().splitlines()[-20:]])
-
-
 def self_check(session: Session) -> None:
     """Compare the kernels of the model's shapes with plain torch, once."""
     told = session.results / "self_check.txt"
@@ -239,14 +229,7 @@ def running_server(session: Session, name: str, folder: Path):
     log = folder / f"server-{len(list(folder.glob('server-*.log'))) + 1}.log"
     process = start(session, "sglang.launch_server", flags, log, **env)
     try:
-        deadline = time.monotonic() + START_LIMIT_S
-        while True:
-            with contextlib.suppress(OSError):
-                http(f"http://{HOST}:{port}/health")
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"the server did not start\n{log_end(log)}")
-            time.sleep(0.5)
+        wait_until_healthy(process, f"http://{HOST}:{port}", log)
         if bool(backend) != ("MXFP8 linear layers: " in log.read_text()):
             raise Failed(f"{Path(model).name} is not in the format of this server")
         yield port

@@ -70,8 +70,8 @@ def convert(source: Path, output: Path, ignore: Sequence[str]) -> str:
     _refuse_quantized(source, config, headers)
     with _asking_sglang(source):
         shapes = {name: header.shape for name, header in headers.items()}
-        names = ask_model(*_how_to_build(source, QUANTIZATION), shapes)
-    converted, kept = choose(names.layers, headers, ignore)
+        layers, _ = ask_model(*_how_to_build(source, QUANTIZATION), shapes)
+    converted, kept = choose(layers, headers, ignore)
     quantization = {**QUANTIZATION, "modules_to_not_convert": kept}
     with _asking_sglang(source):
         configs = _how_to_build(source, quantization)

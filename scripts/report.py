@@ -18,19 +18,19 @@ if __name__ == "__main__" and importlib.util.find_spec("pandas") is None:
     run_in_venv()
 
 import pandas
+from bench_serving import LAYOUT, REHEARSAL
 from matplotlib import pyplot
 
-REHEARSAL = "REHEARSAL: CPU, kernels emulated; says nothing about speed"
 METRICS = {  # fields of bench_serving
     "total_throughput": ("Throughput, in + out (tokens/s)", "more is better"),
     "median_ttft_ms": ("Time to first token (ms)", "less is better"),
     "median_tpot_ms": ("Time per output token (ms)", "less is better"),
 }
+# Ratios are to the first one of these that was measured.
 BASES = ("bf16", "triton", "flashinfer_cutlass")
 KEYS = ["case", "concurrency", "repeat"]
 # Okabe and Ito's, for the colour-blind, with a darker yellow.
 COLORS = "#000000 #7f7f7f #d55e00 #cc79a7 #0072b2 #009e73 #b58900".split()
-LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 
 
 def load(folder: Path, pattern: str) -> pandas.DataFrame:
@@ -165,15 +165,14 @@ def write_plots(folder: Path, figures: pandas.DataFrame, *drawn) -> None:
         pyplot.close(figure)
 
 
-def write_report(folder: Path, base: str | None = None) -> Path:
+def write_report(folder: Path) -> Path:
     """Write report.md, figures.csv and plots/ into `folder`; returns report.md."""
     environment = json.loads((folder / "environment.json").read_text())
     servers = environment["all_servers"]
     figures, updated = load_figures(folder), load(folder, "updated.json")
     measured = [name for name in servers if (figures.server == name).any()]
-    base = base or next((name for name in BASES if name in measured), None)
-    if base not in measured or len(measured) == 1:
-        base = None
+    bases = [name for name in BASES if name in measured and len(measured) > 1]
+    base = bases[0] if bases else None
     if base:
         add_ratios(figures, base)
     figures.insert(0, "rehearsal", environment["rehearse"])
@@ -207,13 +206,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="what bench_serving.py filled")
-    parser.add_argument(
-        "--base", help=f"of the ratios (default: of {', '.join(BASES)})"
-    )
     args = parser.parse_args()
     if not (args.results / "environment.json").is_file():
         parser.error(f"{args.results} has no environment.json of bench_serving.py")
-    print(f"Wrote {write_report(args.results, args.base)}")
+    print(f"Wrote {write_report(args.results)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -40,8 +41,12 @@ NO_GPU = "No CUDA device is visible: FlashInfer's kernels are emulated on the CP
 NO_GPU += "(SGLANG_MXFP8_EMULATION=1), so its speed says nothing about theirs"
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+START_LIMIT_S = 3600
+say = partial(print, file=sys.stderr, flush=True)
+
+
+class Failed(Exception):
+    """Why something cannot go on; the first line says it all."""
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -128,17 +133,22 @@ def http(url: str, data: dict | None = None) -> bytes:
         return answer.read()
 
 
+def log_end(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-20:]
+    return "\n".join([f"The end of {log}:", *lines])
+
+
 def wait_until_healthy(server: subprocess.Popen, url: str, log: Path) -> None:
-    """Tells of the log's last step now and then, and at the end what runs on what."""
+    """Tells of the log's last step now and then, and at the end what runs on what. Raises
+    Failed if the server ends or takes too long."""
     started, shown = time.monotonic(), ""
     while True:
         with contextlib.suppress(OSError):
             http(f"{url}/health")
             break
         text, seconds = log.read_text(errors="replace"), time.monotonic() - started
-        if server.poll() is not None:
-            say(f"{text[-3000:]}\nserve.sh: the server stopped while it started: {log}")
-            sys.exit(1)
+        if server.poll() is not None or seconds > START_LIMIT_S:
+            raise Failed(f"the server did not start\n{log_end(log)}")
         steps = re.findall(r"(?m)^\[.*?\] (.{,150})", text)
         if int(seconds) % 5 == 2 and steps and steps[-1] != shown:
             shown = steps[-1]
@@ -173,6 +183,8 @@ def main() -> None:
         say(f"Serving on {url} (OpenAI-compatible, /v1); Ctrl-C stops it")
         server.wait()
         sys.exit(f"serve.sh: the server stopped: {log.name}")
+    except Failed as error:
+        sys.exit(f"serve.sh: {error}")
     finally:
         stop(server)
 

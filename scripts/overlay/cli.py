@@ -1,8 +1,6 @@
 """The command line of scripts/patchset."""
 
 import argparse
-import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -59,7 +57,7 @@ def _run(options: argparse.Namespace, root: Path) -> str:
         plan.errors += lock.drift(plan.edited, locked.get(ours, {}), ours, base)
     lines = []
     for part, changes in plan.steps:
-        lines += [f"{part.name}: {diff.size(changes)}"] if part.name else []
+        lines += [part.name] if part.name else []
         lines += [f"{'changed' if c.old else 'new':>8}  {c.path}" for c in changes]
     lines += [f" skipped  {path}: {why}" for path, why in plan.skipped.items()]
     lines += [f"error: {error}" for error in plan.errors]
@@ -86,17 +84,15 @@ def _diff(plan: Plan, tree, config, options, root: Path) -> str:
     if options.output is None:
         sys.stdout.buffer.write(patch)
     else:
-        _write({options.output: patch})
+        options.output.write_bytes(patch)
     return f"Next, in a checkout of {tree.label}: git am {options.output or 'PATCH'}"
 
 
 def _apply(plan: Plan, tree, config, options, root: Path) -> str:
     """merge into a checkout of sglang"""
-    _write({tree.path / change.path: change.new for change in plan.changes})
-    told = (
-        f"Merged {len(plan.changes)} files into {tree.path}. Next, there: `git diff`, "
-    )
-    return told + "`pip install -e python` and `pre-commit run --all-files`"
+    release.write(tree.path, {change.path: change.new for change in plan.changes})
+    told = f"Merged {len(plan.changes)} files into {tree.path}. Next, there: "
+    return told + "`git diff`, `pip install -e python`, `pre-commit run --all-files`"
 
 
 def _check(plan: Plan, tree, config, options, root: Path) -> str:
@@ -115,22 +111,6 @@ def _lock(plan: Plan, tree, config, options, root: Path) -> str:
         raise ReleaseError("only all edits of a release are recorded, and only on it")
     lock.write(root, tree.version, plan.edited)
     return f"{sum(map(len, plan.edited.values()))} definitions are in {lock.NAME}"
-
-
-def _write(files: dict[Path, bytes]) -> None:
-    """Writes all files beside their targets first, so that a full disk changes none."""
-    staged = {target: target.with_name(f".{target.name}.patchset") for target in files}
-    try:
-        for target, beside in staged.items():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(files[target])
-            if target.exists():
-                shutil.copymode(target, beside)
-        for target, beside in staged.items():
-            os.replace(beside, target)
-    finally:
-        for beside in staged.values():
-            beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -46,22 +46,13 @@ def _hunks(change: Change) -> str:
     return "".join(lines)
 
 
-def size(changes: list[Change]) -> str:
-    """How many lines of upstream's files go or come, and how many new files have."""
-    counts = {False: 0, True: 0}
-    for change in changes:
-        lines = _hunks(change).splitlines()[4:]
-        counts[change.old is None] += sum(line[:1] in ("+", "-") for line in lines)
-    return f"{counts[False]} lines of upstream's files change, {counts[True]} are new"
-
-
 def message(changes: list[Change], part: Part) -> str:
     """Subject and PR body: the reasons in the ledgers, file by file."""
     texts = [part.commit["subject"], part.commit["body"].strip()]
     for change in sorted(changes, key=lambda c: (c.old is None, c.path)):
         file = part.files.get(change.path)
         text = file.read_text() if file else ""
-        whys = [edit["why"] for edit in part.edits if edit["file"] == change.path]
+        whys = []
         for names, entry in ledger.parse(text).items():
             thread = f" ({entry['thread']})" if "thread" in entry else ""
             whys.append(f"{names}: {entry['why']}{thread}")

@@ -15,10 +15,16 @@ same text:
 import ast
 import re
 import textwrap
-from dataclasses import dataclass, field
 
-from overlay import edits, imports, ledger, source
-from overlay.source import Absent, Source, Unplaced, leaves
+from overlay import edits, imports, ledger
+from overlay.source import (
+    Absent,
+    Source,
+    Unplaced,
+    head,
+    leaves,
+    without_docstring,
+)
 
 _MARKS = ("append", "decorate", "drop", "prepend", "splice")
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -27,32 +33,20 @@ _MAIN = "if __name__ == '__main__'"
 _NOTHING = re.compile(r"(\.\.\.|pass)$|register_\w+_ci\(")
 
 
-@dataclass
-class Merge:
-    """`text` is upstream's source with the overlay in it. It stands only without `errors`,
-    and without `absent` (what there was not to drop) unless the tree holds it all already.
-    `edited` holds upstream's text of every definition that an edit changes."""
-
-    text: str
-    errors: list[str] = field(default_factory=list)
-    absent: list[str] = field(default_factory=list)
-    edited: dict[str, str] = field(default_factory=dict)
-
-
-def merge(upstream: str, overlay: str, release: str) -> Merge:
-    """Merges two source texts; `release` names `upstream` in errors."""
-    result = Merge(upstream)
+def merge(upstream: str, overlay: str, release: str) -> "Merge":
+    """Merges two source texts; `release` names `upstream` in errors. Raises Unplaced for a
+    ledger, and SyntaxError for a text, that cannot be read."""
+    entries = ledger.symbols(overlay)
+    result = Merge(Source(upstream), Source(overlay), release)
+    result.merge("", without_docstring(result.overlay.body))
     try:
-        entries = ledger.symbols(overlay)
-        merging = _Merging(Source(upstream), Source(overlay), release, result)
-        merging.merge("", source.without_docstring(merging.overlay.body))
-        merged = imports.merge(merging.text, merging.overlay)
+        merged = imports.merge(result.source, result.overlay)
     except Unplaced as error:
         result.errors.append(f"{release}: {error}")
         return result
-    for symbol in sorted(merging.touched - entries):
+    for symbol in sorted(result.edited.keys() - entries):
         result.errors.append(f"the ledger has no entry for `{symbol}`")
-    for symbol in sorted(entries - merging.seen):
+    for symbol in sorted(entries - result.seen):
         result.errors.append(f"the ledger's `{symbol}` is not in the overlay")
     if merged != upstream:
         for name in sorted(imports.undefined(merged) - imports.undefined(upstream)):
@@ -63,13 +57,18 @@ def merge(upstream: str, overlay: str, release: str) -> Merge:
     return result
 
 
-class _Merging:
-    """Upstream's text while the overlay's definitions go into it, one after another."""
+class Merge:
+    """`text` is upstream's source with the overlay in it. It stands only without `errors`,
+    and without `absent` (what there was not to drop) unless the tree holds it all already.
+    `edited` holds upstream's text of every definition that an edit changes. Until the end,
+    `source` is what the overlay's definitions go into, one after another."""
 
-    def __init__(self, text: Source, overlay: Source, release: str, result: Merge):
-        self.text, self.upstream, self.overlay = text, text, overlay
-        self.release, self.result = release, result
-        self.touched: set[str] = set()  # upstream's symbols that change
+    def __init__(self, upstream: Source, overlay: Source, release: str):
+        self.source, self.upstream, self.overlay = upstream, upstream, overlay
+        self.text, self.release = upstream.text, release
+        self.errors: list[str] = []
+        self.absent: list[str] = []
+        self.edited: dict[str, str] = {}
         self.seen: set[str] = set()  # all symbols of the overlay
 
     def merge(self, scope: str, overlay: list[ast.stmt]) -> None:
@@ -83,13 +82,13 @@ class _Merging:
                 self._put(statement, symbol, overlay[:at][::-1], overlay[at + 1 :])
             except (Unplaced, SyntaxError) as error:
                 is_gone = mark == "drop" and isinstance(error, Absent)
-                problems = self.result.absent if is_gone else self.result.errors
+                problems = self.absent if is_gone else self.errors
                 problems.append(f"{self.release}: `{symbol}` {error}")
 
     def _body(self, symbol: str, text: Source | None = None) -> list[ast.stmt]:
         """The statements of the scope that a symbol is in."""
         scope = symbol.rpartition(".")[0]
-        return self._find(scope, text)[0].body if scope else (text or self.text).body
+        return self._find(scope, text)[0].body if scope else (text or self.source).body
 
     def _find(self, symbol: str, text: Source | None = None) -> list[ast.stmt]:
         """The definitions of a symbol."""
@@ -111,7 +110,7 @@ class _Merging:
         if not found:
             self._add(statement, symbol, before, after)
         elif not mark and {type(statement), type(found[0])} == {ast.ClassDef}:
-            self.merge(f"{symbol}.", source.without_docstring(statement.body))
+            self.merge(f"{symbol}.", without_docstring(statement.body))
         else:
             self._edit(found[0], statement, symbol, mark)
 
@@ -119,15 +118,16 @@ class _Merging:
         functions = isinstance(old, _FUNCTIONS) and isinstance(edit, _FUNCTIONS)
         if mark not in (None, "drop") and not functions:
             raise Unplaced(f"is not a function to {mark}")
-        changed = getattr(edits, mark or "replace")(self.text, old, self.overlay, edit)
-        if changed == self.text.text:
+        changed = getattr(edits, mark or "replace")(
+            self.source, old, self.overlay, edit
+        )
+        if changed == self.source.text:
             return
-        self.text = Source(changed)
-        self.touched.add(symbol)
+        self.source = Source(changed)
         [was] = self._find(symbol, self.upstream)
         first, last = self.upstream.span(was)
         lines = "".join(self.upstream.lines[first:last])
-        self.result.edited[symbol] = textwrap.dedent(lines)
+        self.edited[symbol] = textwrap.dedent(lines)
 
     def _add(self, statement, symbol: str, before: list, after: list) -> None:
         body, simple = self._body(symbol), not hasattr(statement, "body")
@@ -135,20 +135,20 @@ class _Merging:
         blank = "" if simple else "\n" if "." in symbol else "\n\n"
         place = self._place(body, before, after)
         if "." in symbol and simple:
-            place = self.text.span((opening or body)[-1])[1]
+            place = self.source.span((opening or body)[-1])[1]
         lines = self.overlay.taken(statement, body[0].col_offset if body else 0)
-        self.text = Source(self.text.put(place, place, f"{blank}{lines}{blank}"))
+        self.source = Source(self.source.put(place, place, f"{blank}{lines}{blank}"))
 
     def _place(self, body: list[ast.stmt], before: list, after: list) -> int:
         """The line for a new definition, by its neighbours in the overlay."""
         holders = {_name(leaf): top for top in body for leaf in leaves(top)}
         behind = [holders[_name(s)] for s in before if _name(s) in holders]
         above = [holders[_name(s)] for s in after if _name(s) in holders]
-        if body and source.head(body[-1]) == _MAIN:
+        if body and head(body[-1]) == _MAIN:
             above.append(body[-1])
         if above and not behind:
-            return self.text.above(above[0])
-        return self.text.span((behind or body[::-1])[0])[1] if body else 0
+            return self.source.above(above[0])
+        return self.source.span((behind or body[::-1])[0])[1] if body else 0
 
 
 def _name(node: ast.stmt) -> str | None:

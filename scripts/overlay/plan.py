@@ -1,19 +1,19 @@
 """What the overlay as a whole does to a tree; nothing here writes.
 
 Its parts (stack.py) are applied one on another. A file with a ledger edits upstream's, one
-without is new. Of a wheel, edits of upstream's tests and pages are left out. Tests that
-reach into this repository stay here.
+without is new. Of a wheel, edits of upstream's tests are left out. Tests that reach into
+this repository stay here.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from overlay import ledger
 from overlay.merge import merge
-from overlay.release import PACKAGE, ReleaseError, Tree, substitute
+from overlay.release import PACKAGE, ReleaseError, Tree, pinned
 from overlay.stack import Part
 
+PYPROJECT = "python/pyproject.toml"
 STAYS = ".parents["  # a path to the root
 
 
@@ -64,14 +64,14 @@ def make_plan(parts: list[Part], tree: Tree) -> Plan:
 
 def _step(part: Part, tree: Tree, files: dict[str, bytes], plan: Plan) -> list[Change]:
     """The changes of one part, where the parts before it have left `files`."""
-    steps = [(path, None) for path in part.files]
-    steps += [(edit["file"], edit) for edit in part.edits if not tree.wheel]
-    old = {path: files.get(path, tree.read(path)) for path, _ in steps}
+    pins = [PYPROJECT] if part.requires and not tree.wheel else []
+    old = {path: files.get(path, tree.read(path)) for path in [*part.files, *pins]}
     new = {}
-    for path, edit in steps:
+    for path in old:
         try:
-            if edit:
-                new[path] = _edited(edit, new.get(path, old[path]), tree.label)
+            if path == PYPROJECT:
+                text = pinned(old[path].decode(), part.requires, tree.label)
+                new[path] = text.encode()
             else:
                 new[path] = _merged(part.files[path], path, old[path], tree, plan)
         except Skipped as reason:
@@ -100,16 +100,3 @@ def _merged(file: Path, path: str, old: bytes | None, tree: Tree, plan: Plan) ->
     if result.errors:
         raise ReleaseError("\n".join(result.errors))
     return result.text.encode()
-
-
-def _edited(edit: dict, old: bytes | None, release: str) -> bytes:
-    """The file after one anchored edit; as it is where it has what the edit brings."""
-    is_page = edit["file"].startswith("docs/")
-    if old is None:
-        raise Skipped("no such page") if is_page else ReleaseError("no such file")
-    if re.search(edit["present"], old.decode()):
-        return old
-    try:
-        return substitute(edit["find"], edit["replace"], old.decode(), release).encode()
-    except ReleaseError as error:
-        raise Skipped(str(error)) if is_page else error

@@ -35,9 +35,13 @@ class Tree:
     def copy_package(self, folder: Path, changed: dict[str, bytes]) -> None:
         """Copies `python/sglang` to a folder, with other contents for some files."""
         shutil.copytree(self.path / "python", folder / "python", dirs_exist_ok=True)
-        for path, content in changed.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
+        write(folder, changed)
+
+
+def write(folder: Path, files: dict[str, bytes]) -> None:
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
 
 
 def checkout(path: Path) -> Tree:
@@ -94,8 +98,6 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
     changes give the same bytes."""
     version = f"{tree.version}+mxfp8.{config['release']['patch']}"
     numbers = (*map(int, tree.version.split(".")), version.split("+")[1])
-    lines = {"Version: ": version}
-    lines |= {f"Requires-Dist: {n}==": pin for n, pin in config["requires"].items()}
     with tempfile.TemporaryDirectory() as unpacked:
         tree.copy_package(Path(unpacked), changed)
         top = Path(unpacked, "python")
@@ -105,9 +107,8 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
         )
         info = top / f"sglang-{tree.version}.dist-info"
         info = info.rename(top / f"sglang-{version}.dist-info")
-        text = (info / "METADATA").read_text()
-        for start, pin in lines.items():
-            text = substitute(rf"(?m)^{start}\S+$", start + pin, text, "METADATA")
+        text = pinned((info / "METADATA").read_text(), config["requires"], "METADATA")
+        text = text.replace(f"\nVersion: {tree.version}\n", f"\nVersion: {version}\n")
         (info / "METADATA").write_text(text)
         pack = [sys.executable, "-m", "wheel", "pack", str(top), "-d", str(folder)]
         fixed_date = os.environ | {"SOURCE_DATE_EPOCH": "315532800"}
@@ -115,9 +116,12 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
     return folder / tree.wheel.name.replace(tree.version, version)
 
 
-def substitute(pattern: str, replacement: str, text: str, where: str) -> str:
-    """`text` with the pattern's one match replaced; ReleaseError if there is not one."""
-    found = len(re.findall(pattern, text))
-    if found != 1:
-        raise ReleaseError(f"{where} has {found or 'no'} match for `{pattern}`")
-    return re.sub(pattern, replacement, text)
+def pinned(text: str, requires: dict[str, list[str]], where: str) -> str:
+    """`text` with the second version of each package for the first; ReleaseError where it
+    does not pin one of them, once."""
+    for name, (old, new) in requires.items():
+        pin = rf"\b{name}==({re.escape(old)}|{re.escape(new)})(?![\w.])"
+        text, count = re.subn(pin, f"{name}=={new}", text)
+        if count != 1:
+            raise ReleaseError(f"{where} pins {name} {count} times to {old} or {new}")
+    return text

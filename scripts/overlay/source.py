@@ -16,8 +16,10 @@ import tokenize
 from collections.abc import Iterator
 from functools import cached_property
 
+from overlay.release import ReleaseError
 
-class Unplaced(Exception):
+
+class Unplaced(ReleaseError):
     """An edit that has no one place in upstream's source; says what was looked for."""
 
 

@@ -16,12 +16,12 @@ OVERLAY = (PACKAGE, "test/registered/", "benchmark/kernels/")
 
 @dataclass
 class Part:
-    """One commit: its message, its files by the path that they get, its anchored edits."""
+    """One commit: its message, its files by the path that they get, its pins."""
 
     name: str
     commit: dict
     files: dict[str, Path]
-    edits: list[dict]
+    requires: dict[str, list[str]]
 
 
 def read(root: Path, version: str | None, upto: int | None) -> tuple[dict, list[Part]]:
@@ -30,12 +30,13 @@ def read(root: Path, version: str | None, upto: int | None) -> tuple[dict, list[
     load = lambda file: tomllib.loads(file.read_text())
     if not version or not folder.is_dir():
         config = load(root / "upstream.toml")
-        return config, [Part("", config["commit"], _files(root), config["edit"])]
+        return config, [Part("", config["commit"], _files(root), config["requires"])]
     config, parts = load(folder / "upstream.toml"), []
     for pr in sorted(folder.glob("[1-9]-*/")):
         own = load(pr / "pr.toml")
         files = {path: root / path for path in own.get("new", ())} | _files(pr)
-        parts.append(Part(pr.name, config["commit"] | own, files, own.get("edit", [])))
+        commit = config["commit"] | own
+        parts.append(Part(pr.name, commit, files, config["requires"]))
     if upto and upto > len(parts):
         raise ReleaseError(f"{folder} has {len(parts)} pull requests, not {upto}")
     return config, parts[:upto]

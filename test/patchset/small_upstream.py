@@ -18,7 +18,7 @@ sha256 = ["{sha256}"]
 patch = 3
 
 [requires]
-flashinfer_python = "2.0"
+flashinfer_python = ["1.0", "2.0"]
 
 [commit]
 subject = "Teach the package a trick"
@@ -26,20 +26,6 @@ body = "It was asked for."
 name = "nobody"
 email = "nobody@localhost"
 date = "2026-01-01T00:00:00Z"
-
-[[edit]]
-file = "python/pyproject.toml"
-why = "b needs it"
-find = '"flashinfer_python==1.0"'
-replace = '"flashinfer_python==2.0"'
-present = '"flashinfer_python==2.0"'
-
-[[edit]]
-file = "docs/options.md"
-why = "name b"
-find = '(?m)^(\\| `--gemm` \\| `a`, )'
-replace = '\\1`b`, '
-present = '(?m)^\\| `--gemm` \\|.*`b`'
 """
 
 UPSTREAM = {
@@ -71,7 +57,6 @@ OVERLAY = {
 
 CHECKOUT = {
     "python/pyproject.toml": '[project]\ndependencies = [\n  "flashinfer_python==1.0",\n]\n',
-    "docs/options.md": "| option | choices |\n| --- | --- |\n| `--gemm` | `a`, `c` |\n",
     "test/registered/test_core.py": "class TestA:\n    pass\n",
 }
 

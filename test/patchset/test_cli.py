@@ -29,7 +29,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout of "upstream", with a test, a pyproject and a page of documentation."""
+    """A checkout of "upstream", with a test and a pyproject."""
     root = tmp_path / "checkout"
     package = {f"python/{k}": v for k, v in UPSTREAM.items() if "dist-info" not in k}
     write(root, package | CHECKOUT)
@@ -52,6 +52,7 @@ def run(project, capsys):
 
 def test_wheel(run, tmp_path):
     told = run("wheel", "--output", tmp_path / "out")
+    assert "skipped  test/registered/test_core.py: it edits a file that wheels" in told
     wheel = tmp_path / "out/sglang-1.0+mxfp8.3-py3-none-any.whl"
     assert run.stdout == f"{wheel}\n"
     assert f"changed  {CORE}" in told and f"pip install {wheel}" in told
@@ -69,25 +70,19 @@ def test_wheel(run, tmp_path):
     assert wheel.read_bytes() == first
 
 
-def test_diff_against_the_release(run):
-    told = run("diff")
-    assert "skipped  test/registered/test_core.py: it edits a file that wheels" in told
-    assert "Subject: Teach the package a trick\n" in run.stdout
-    assert "\n\nIt was asked for.\n" in run.stdout
-    assert "- run, CHOICES: b is faster (org/repo#7)\n" in run.stdout
-    assert "until" not in run.stdout
-    assert "b/test/registered/test_trick.py" in run.stdout
-    assert "test_here" not in run.stdout
-
-
 def test_diff_and_apply_change_a_checkout_alike(run, checkout, tmp_path):
     before, patch = snapshot(checkout), tmp_path / "out.patch"
     run("diff", "--tree", checkout, "--output", patch)
     assert snapshot(checkout) == before
+    text = patch.read_text()
+    assert "Subject: Teach the package a trick\n" in text
+    assert "\n\nIt was asked for.\n" in text
+    assert "- run, CHOICES: b is faster (org/repo#7)\n" in text
+    assert "b/test/registered/test_trick.py" in text
+    assert "until" not in text and "test_here" not in text
     git(checkout, "am", patch)
     patched = snapshot(checkout)
     assert b'"flashinfer_python==2.0"' in patched["python/pyproject.toml"]
-    assert b"| `--gemm` | `a`, `b`, `c` |" in patched["docs/options.md"]
     both = b"class TestA:\n    pass\n\n\nclass TestB:\n    pass\n"
     assert patched["test/registered/test_core.py"] == both
     assert "python/sglang/trick.py" in patched
@@ -103,18 +98,17 @@ def test_diff_and_apply_change_a_checkout_alike(run, checkout, tmp_path):
 
 def test_errors_are_collected_and_nothing_is_written(run, project, checkout):
     write(project, {CORE: OVERLAY[CORE].replace("run", "runs")})
-    write(checkout, {"docs/options.md": "nothing", "python/pyproject.toml": ""})
-    write(checkout, {"python/sglang/trick.py": "VALUE = 3\n"})
+    write(checkout, {"python/pyproject.toml": '"flashinfer_python==1.0.1"'})
+    write(checkout, {"python/sglang/trick.py": "V = 3\n"})
     (checkout / "python/sglang/other.py").unlink()
     git(checkout, "tag", "v1.1")
     before = snapshot(checkout)
     told = run("apply", checkout, code=1)
     for error in (
         "core.py: upstream v1.1: `runs` is not there to prepend",
-        "pyproject.toml: upstream v1.1 has no match for",
+        "pyproject.toml: upstream v1.1 pins flashinfer_python 0 times to 1.0 or 2.0",
         "other.py: upstream v1.1 has no such file to merge into",
         "trick.py: upstream v1.1 has this file, and ours has no ledger",
-        " skipped  docs/options.md: upstream v1.1 has no match",
         "4 problems, nothing is written; if it was patched before, restore it first",
     ):
         assert error in told
@@ -126,21 +120,11 @@ def test_errors_are_collected_and_nothing_is_written(run, project, checkout):
     assert "is no checkout of sglang: no python/py" in run("apply", project, code=1)
 
 
-@pytest.mark.parametrize("row", ["`a`, `b`, `c`", "`a`, `c`, `b`"])
-def test_what_upstream_says_itself_stays(row, run, checkout):
-    page = f"| `--gemm` | {row} |\n"
-    write(checkout, {"docs/options.md": page, "python/pyproject.toml": ""})
-    assert "no match for" in run("apply", checkout, code=1)
-    write(checkout, {"python/pyproject.toml": '"flashinfer_python==2.0"\n'})
-    run("apply", checkout)
-    assert (checkout / "docs/options.md").read_text() == page
-
-
 # A stack for another release
 
 
 STACK = {
-    "releases/1.0/upstream.toml": TOML.partition("[[edit]]")[0].replace("= 3", "= 4"),
+    "releases/1.0/upstream.toml": TOML.replace("= 3", "= 4").replace('"2.0"', '"1.0"'),
     "releases/1.0/1-more/pr.toml": 'subject = "Add one"\nbody = "Why."\n',
     f"releases/1.0/1-more/{CORE}": OVERLAY[CORE],
     "releases/1.0/2-trick/pr.toml": 'subject = "Use the trick"\nbody = "So."\n'
@@ -171,9 +155,7 @@ def stacked(run, project):
 def test_a_stack_is_one_commit_a_folder(stacked, run, checkout, tmp_path):
     git(checkout, "tag", "v1.0")
     patch, options = tmp_path / "out.patch", ["--tree", checkout]
-    told = run("diff", *options, "--output", patch)
-    assert "1-more: 3 lines of upstream's files change, 0 are new" in told
-    assert "2-trick: 4 lines of upstream's files change, 3 are new" in told
+    run("diff", *options, "--output", patch)
     run("diff", *options, "--pr", "2-trick")
     assert patch.read_text().endswith(run.stdout)
     assert run.stdout.count("\nSubject: ") == 1
@@ -182,9 +164,6 @@ def test_a_stack_is_one_commit_a_folder(stacked, run, checkout, tmp_path):
     assert subjects == ["Use the trick", "Add one", "base"]
     assert (checkout / CORE).read_text() == STACKED
     assert "other.py" not in patch.read_text()  # only what the stack edits
-
-
-def test_a_part_of_a_stack(stacked, run, tmp_path):
     for upto in (["--upto", "1"], []):
         run("wheel", "--release", "1.0", "--output", tmp_path, *upto)
         with WheelFile(tmp_path / "sglang-1.0+mxfp8.4-py3-none-any.whl") as file:

@@ -4,6 +4,7 @@ from textwrap import indent
 
 import pytest
 from overlay.merge import merge
+from overlay.source import Unplaced
 
 
 def run(upstream: str, overlay: str, ledger: str | None = None):
@@ -210,9 +211,8 @@ def test_the_ledger_names_what_is_touched_and_nothing_else():
     assert errors("A = 1\n", "A = 2\n", "") == ["the ledger has no entry for `A`"]
     unused = ["the ledger's `C` is not in the overlay"]
     assert errors("A = 1\n", "B = 2\n", "C") == unused
-    assert merge("A = 1\n", '"""\nA\n    thread: x\n"""\nA = 2\n', "").errors == [
-        ": the ledger's entry for `A` has no `why:`"
-    ]
+    with pytest.raises(Unplaced, match="the ledger's entry for `A` has no `why:`"):
+        merge("A = 1\n", '"""\nA\n    thread: x\n"""\nA = 2\n', "")
     # All problems are told at once.
     assert (
         len(errors("A = 1\n", "A = 2\n@drop\ndef x(): ...\nprint(1)\nf = z", "")) == 4

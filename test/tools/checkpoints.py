@@ -1,15 +1,13 @@
 """What the tests of checkpoints share: a tiny Llama, and how files are read and written."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from compressed_tensors.quantization import preset_name_to_scheme
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sglang.test.mxfp8_utils import TINY_LLAMA, same_bytes, with_weight_scale
+from sglang.test.mxfp8_utils import TINY_LLAMA, same_bytes
 
 
 def save_tiny_llama(output: Path, **changes) -> None:
@@ -48,22 +46,3 @@ def same_tensors(left: dict, right: dict) -> bool:
         left[name].dtype == right[name].dtype and same_bytes(left[name], right[name])
         for name in left
     )
-
-
-def write_as(form: str, source: Path, output: Path) -> Path:
-    """The MXFP8 checkpoint at `source` in the form of "modelopt" or "compressed-tensors",
-    which list layers by the checkpoint's names only."""
-    tensors = read_tensors(source)
-    matrices = [n for n, t in tensors.items() if t.dim() > 1 and t.itemsize > 1]
-    quantization = {
-        "quant_method": form,
-        "ignore": [name.removesuffix(".weight") for name in matrices],
-    }
-    if form == "modelopt":
-        quantization["quant_algo"] = "MXFP8"
-    else:
-        scheme = preset_name_to_scheme("MXFP8", ["Linear"]).model_dump(mode="json")
-        quantization["config_groups"] = {"group_0": scheme}
-    shutil.copytree(source, output)
-    config = {**read_config(source), "quantization_config": quantization}
-    return write(output, with_weight_scale(tensors), config)

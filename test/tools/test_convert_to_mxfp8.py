@@ -36,10 +36,20 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
+def run(*arguments) -> subprocess.CompletedProcess:
+    """As a user runs it, by a Python without packages."""
+    command = ["python3", convert_to_mxfp8.__file__, *arguments]
+    env = {"PATH": os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin"))}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 @pytest.fixture(scope="module")
 def converted(model, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("converted") / "model"
-    assert main([str(model), str(output)]) == 0
+    done = run(model, output)
+    assert done.returncode == 0, done.stderr
+    [line] = done.stdout.splitlines()
+    assert line.startswith(f"{output}: 14 linears in MXFP8, 6 tensors as they were, ")
     return output
 
 
@@ -62,46 +72,22 @@ def test_what_is_written(model, converted):
     assert (converted / "assets" / "note.txt").read_text() == "kept"
 
 
-def test_it_runs_itself_in_the_virtual_environment(model, converted, tmp_path):
-    def run(*arguments):
-        command = ["python3", convert_to_mxfp8.__file__, *arguments]
-        env = {"PATH": os.pathsep.join(("/usr/local/bin", "/usr/bin", "/bin"))}
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    done = run(model, tmp_path / "o")
-    assert done.returncode == 0, done.stderr
-    [line] = done.stdout.splitlines()
-    assert line.startswith(f"{tmp_path / 'o'}: 14 linears in MXFP8, 6 tensors as they")
-    assert same_tensors(read_tensors(tmp_path / "o"), read_tensors(converted))
-    done = run(model, tmp_path / "again", "--ignore=*")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("convert_to_mxfp8: no linear is left")
-    assert done.stderr.count("\n") == 1
-
-
-def test_float64_and_pieces_of_rows(model, converted, tmp_path, monkeypatch):
-    doubled = {name: t.double() for name, t in read_tensors(model).items()}
-    source = write(tmp_path / "in", doubled, read_config(model))
-    monkeypatch.setattr(weights, "MAX_TEMPORARY_BYTES", 100_000)
-    assert main([str(source), str(tmp_path / "out")]) == 0
-    expected = read_tensors(converted)
-    for name in doubled:
-        if expected[name].itemsize > 1:
-            expected[name] = doubled[name]
-    assert same_tensors(read_tensors(tmp_path / "out"), expected)
-
-
-def test_files_keep_their_names(model, converted, tmp_path):
+def test_files_keep_their_names(model, converted, tmp_path, monkeypatch):
+    """Of doubles, which are quantized some rows at a time."""
     sharded, output = tmp_path / "sharded", tmp_path / "out"
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    loaded.save_pretrained(sharded, max_shard_size="300KB")
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    loaded.save_pretrained(sharded, max_shard_size="1MB")
+    shutil.copy(model / "config.json", sharded)  # served in bf16
     names = sorted(file.name for file in sharded.glob("*.safetensors"))
     # Files outside the index are not part of the checkpoint.
     stray = {"stray.weight": torch.zeros(32, 32)}
     save_file(stray, sharded / "consolidated.safetensors")
+    monkeypatch.setattr(weights, "MAX_TEMPORARY_BYTES", 100_000)
     assert main([str(sharded), str(output)]) == 0
 
-    assert same_tensors(read_tensors(output), read_tensors(converted))
+    expected = read_tensors(converted)
+    wide = {n: t.double() for n, t in expected.items() if t.dtype == torch.bfloat16}
+    assert same_tensors(read_tensors(output), expected | wide)
     index = json.loads((output / INDEX).read_text())
     contents = {name: load_file(output / name) for name in names}
     places = {tensor: name for name, content in contents.items() for tensor in content}
@@ -129,18 +115,6 @@ def test_ignored_linears_are_ones_that_sglang_skips(model, tmp_path):
     assert len(linears) == 14
 
 
-def assert_refused(capsys, directory: Path, arguments, *words: str) -> None:
-    """Refused with 2 and one line that has `words`, and nothing is left in `directory`."""
-    before = sorted(directory.rglob("*"))
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    [line] = [line for line in lines if line and not line.startswith("Converting")]
-    assert line.startswith("convert_to_mxfp8: ")
-    assert all(word in line for word in words), line
-    assert sorted(directory.rglob("*")) == before
-
-
 def with_down_proj(tensor: torch.Tensor):
     def change(path: Path) -> None:
         write(path, read_tensors(path) | {f"{DOWN}.weight": tensor}, read_config(path))
@@ -149,12 +123,16 @@ def with_down_proj(tensor: torch.Tensor):
 
 
 def with_text(name: str, text: str):
-    return lambda path: (path / name).write_text(text)
+    return lambda path: (path / name).write_text(text) and None
 
 
 def with_config(**changes):
     config = {**TINY_LLAMA, **changes}
     return with_text("config.json", json.dumps(config))
+
+
+def ignoring(pattern: str):
+    return lambda path: [f"--ignore={pattern}"]
 
 
 @pytest.mark.parametrize(
@@ -173,27 +151,32 @@ def with_config(**changes):
         (with_text(INDEX, '{"weight_map": {"a": "b"}}'), "no safetensors"),
         (with_text("model.safetensors", ""), "cannot be read"),
         (with_text("config.json", "{"), "config.json is not JSON"),
+        (ignoring("*.k_proj"), "qkv_proj is one layer|self_attn.k_proj"),
+        (ignoring(UP), f"gate_up_proj is one layer|{UP}"),
+        (ignoring("*.qproj"), "'*.qproj' matches none|model."),
+        (ignoring("*"), "no linear is left"),
+        (lambda path: path.with_name("out").mkdir(), "is there already"),
     ],
 )
-def test_refused_checkpoints(change, words, model, tmp_path, capsys):
+def test_refused(change, words, model, tmp_path, capsys):
+    """With 2 and one line that has `words`, and nothing is left beside the checkpoint."""
     path = tmp_path / "in"
     shutil.copytree(model, path)
-    change(path)
-    assert_refused(capsys, tmp_path, [path, tmp_path / "out"], *words.split("|"))
+    flags = change(path) or []
+    before = sorted(tmp_path.rglob("*"))
+    assert main([str(path), str(tmp_path / "out"), *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    [line] = [line for line in lines if line and not line.startswith("Converting")]
+    assert line.startswith("convert_to_mxfp8: ")
+    assert all(word in line for word in words.split("|")), line
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(
-    "pattern, words",
-    [
-        ("*.k_proj", "qkv_proj is one layer|self_attn.k_proj"),
-        (UP, f"gate_up_proj is one layer|{UP}"),
-        ("*.qproj", "'*.qproj' matches none|model."),
-        ("*", "no linear is left"),
-    ],
-)
-def test_refused_patterns(pattern, words, model, tmp_path, capsys):
-    arguments = [model, tmp_path / "out", f"--ignore={pattern}"]
-    assert_refused(capsys, tmp_path, arguments, *words.split("|"))
+def test_a_refusal_is_one_line(model):
+    done = run(model, model / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"convert_to_mxfp8: {model}/out lies inside {model}: choose another output\n"
+    assert done.stderr == told
 
 
 def test_a_k_that_is_no_multiple_of_32_stays(tmp_path):
@@ -202,11 +185,6 @@ def test_a_k_that_is_no_multiple_of_32_stays(tmp_path):
     kept = read_config(tmp_path / "out")["quantization_config"]
     assert DOWN in kept["modules_to_not_convert"]
     assert f"{DOWN}.weight_scale_inv" not in read_tensors(tmp_path / "out")
-
-
-def test_paths(model, tmp_path, capsys):
-    assert_refused(capsys, tmp_path, [model, tmp_path], "is there already")
-    assert_refused(capsys, tmp_path, [model, model / "out"], "lies inside")
 
 
 def test_an_interrupted_run_leaves_nothing(model, tmp_path, monkeypatch):

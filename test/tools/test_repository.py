@@ -42,7 +42,7 @@ def pins(file: str) -> dict:
 @pytest.mark.parametrize("folder, of", [("", ""), ("releases/0.5.23", "-0.5.23")])
 def test_requirements_hold_what_the_release_and_the_other_files_ask_for(folder, of):
     config = tomllib.loads((ROOT / folder / "upstream.toml").read_text())
-    wanted = {name.replace("_", "-"): v for name, v in config["requires"].items()}
+    wanted = {n.replace("_", "-"): new for n, (_, new) in config["requires"].items()}
     lock = pins(f"lock{of}.txt")
     assert wanted.items() <= lock.items()
     assert wanted == (pins("overrides.txt") if not of else {})

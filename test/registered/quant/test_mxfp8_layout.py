@@ -5,9 +5,9 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.layers.quantization.mxfp8 import layout
+from sglang.srt.layers.quantization.mxfp8 import layout, shuffle_kernel
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.lone_kernel import run_with_kernel
+from sglang.test.lone_kernel import compiled, run_interpreted
 from sglang.test.mxfp8_utils import for_random
 from sglang.test.test_utils import CustomTestCase
 
@@ -44,22 +44,6 @@ class TestMXFP8Layout(CustomTestCase):
             layout.unshuffle_rows_(work)
         self.assertTrue(torch.equal(work, weight))
         self.assertEqual(work.data_ptr(), address)
-
-    def test_rows_that_cannot_be_shuffled_are_refused(self):
-        weight, room = random_bytes(40, 8), random_bytes(1, 512)[0]
-        before = weight.clone(), room.clone()
-        for refused in (
-            lambda: layout.shuffle_rows(weight),
-            lambda: layout.shuffle_rows_(weight),
-            lambda: layout.unshuffle_rows_(weight),
-            lambda: layout.swizzle_scale(weight, shuffle=True),
-            lambda: layout.swizzle_scale_(room, 40, 4, shuffle=True),
-            lambda: layout.unswizzle_scale_(room, 40, 4, shuffle=True),
-        ):
-            with self.assertRaisesRegex(ValueError, "N % 32 == 0, got N = 40"):
-                refused()
-        self.assertTrue(torch.equal(weight, before[0]))
-        self.assertTrue(torch.equal(room, before[1]))
 
     @for_random(60, rows=range(1, 301), groups=range(1, 21), row_tile=[8, 128])
     def test_swizzle_puts_each_byte_where_the_kernels_look(
@@ -110,18 +94,24 @@ class TestMXFP8Layout(CustomTestCase):
             layout.unswizzle_scale_(room, rows, groups, shuffle)
         self.assertTrue(torch.equal(room[: scale.numel()].view_as(scale), scale))
 
-    def test_unswizzle_refuses_a_wrong_length(self):
-        short = torch.zeros(512, dtype=torch.uint8)
-        for refused in layout.unswizzle_scale, layout.swizzle_scale_:
-            with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
-                refused(short, 200, 4, shuffle=False)
+    def test_what_does_not_fit_is_refused_before_it_is_written(self):
+        weight, room = random_bytes(40, 8), random_bytes(1, 512)[0]
+        before = weight.clone(), room.clone()
+        with self.assertRaisesRegex(ValueError, "N % 32 == 0, got N = 40"):
+            layout.shuffle_rows_(weight)
+        with self.assertRaisesRegex(ValueError, "N % 32 == 0, got N = 40"):
+            layout.swizzle_scale_(room, 40, 4, shuffle=True)
+        with self.assertRaisesRegex(ValueError, "has 1024 bytes, got 512"):
+            layout.swizzle_scale_(room, 200, 4, shuffle=False)
+        self.assertTrue(torch.equal(weight, before[0]))
+        self.assertTrue(torch.equal(room, before[1]))
 
 
 class TestMXFP8ShuffleKernel(CustomTestCase):
     """The Triton kernel where there is no GPU: interpreted, and compiled for one."""
 
     def test_interpreted_kernel_shuffles_in_place_and_back(self):
-        run_with_kernel(
+        run_interpreted(
             self,
             "shuffle_kernel",
             """
@@ -140,37 +130,27 @@ class TestMXFP8ShuffleKernel(CustomTestCase):
                 kernel.rotate_rows_(weight, 4)
                 assert torch.equal(buffer, before), (n, k)
             """,
-            TRITON_INTERPRET="1",
         )
 
     def test_a_thread_reads_and_writes_only_its_own_16_bytes_of_a_row(self):
         # The kernel has no barrier, so it is right only if no value changes threads.
-        run_with_kernel(
-            self,
-            "shuffle_kernel",
-            """
-            import triton
-            from triton.backends.compiler import GPUTarget
-            from triton.compiler import ASTSource
-
-            types = {"matrix": "*i64", "vectors": "i32"}
-            types.update(FACTOR="constexpr", TILE="constexpr")
-            for tile in (64, 128, 256):
-                values = {"FACTOR": 8, "TILE": tile}
-                aligned = {(0,): [["tt.divisibility", 16]]}
-                source = ASTSource(kernel._rotate_rows, types, values, aligned)
-                compiled = triton.compile(
-                    source,
-                    target=GPUTarget("cuda", 100, 32),
-                    options={"num_warps": tile // 64},
-                )
-                ptx = compiled.asm["ptx"]
-                assert "convert_layout" not in compiled.asm["ttgir"]
-                assert compiled.metadata.shared == 0 and "bar.sync" not in ptx
-                for access in ("ld.global", "st.global"):
-                    assert ptx.count(access) == ptx.count(access + ".v2.b64") == 5, ptx
-            """,
-        )
+        for tile in (64, 128, 256):
+            made = compiled(
+                shuffle_kernel._rotate_rows,
+                arch=100,
+                warps=tile // 64,
+                types={"matrix": "*i64"},
+                aligned={"matrix"},
+                FACTOR=8,
+                TILE=tile,
+            )
+            ptx = made.asm["ptx"]
+            self.assertNotIn("convert_layout", made.asm["ttgir"])
+            self.assertEqual(made.metadata.shared, 0)
+            self.assertNotIn("bar.sync", ptx)
+            for access in ("ld.global", "st.global"):
+                vectors = ptx.count(f"{access}.v2.b64")
+                self.assertEqual((ptx.count(access), vectors), (5, 5), ptx)
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")

@@ -7,10 +7,11 @@ from unittest import mock
 import torch
 
 from sglang.srt.layers.quantization.mxfp8 import weight_only
+from sglang.srt.layers.quantization.mxfp8 import weight_only_kernel as kernel
 from sglang.srt.layers.quantization.mxfp8.numerics import SMALLEST_NORMAL
 from sglang.srt.layers.quantization.mxfp8.weight_only import weight_only_linear
 from sglang.test.ci.ci_register import register_cpu_ci, register_cuda_ci
-from sglang.test.lone_kernel import run_with_kernel
+from sglang.test.lone_kernel import compiled, run_interpreted
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=60, suite="default")
@@ -109,16 +110,6 @@ class TestMXFP8WeightOnlyTorch(WeightOnlyTest):
                     in_slabs = weight_only_linear(*operands, 0)
                 self.check_close(in_slabs, *operands, True)
 
-    def test_decoding_is_exact_where_bf16_holds_the_weight(self):
-        weight, scale = every_code_and_scale(32)
-        exact = in_float64(weight, scale)
-        decoded = torch.empty(exact.shape, dtype=torch.bfloat16)
-        weight_only._decode(decoded, weight, scale)
-        expected = exact.float().bfloat16()
-        self.assertTrue(torch.equal(decoded.nan_to_num(7), expected.nan_to_num(7)))
-        is_held = (scale >= 3) & (scale <= 246) & ~exact.isnan()
-        self.assertTrue(torch.equal(decoded.double()[is_held], exact[is_held]))
-
     def test_no_rows(self):
         x, weight, scale = random_operands(4, 8, 64)
         self.assertEqual(weight_only_linear(x[:0], weight, scale, 64).shape, (0, 8))
@@ -151,15 +142,16 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
 
     def interpret(self, script: str) -> None:
         text = textwrap.dedent(self.INTERPRETED) + textwrap.dedent(script)
-        run_with_kernel(self, "weight_only_kernel", text, TRITON_INTERPRET="1")
+        run_interpreted(self, "weight_only_kernel", text)
 
     def test_interpreted_products(self):
         # K in parts, rests of M, N and K, and rows that are longer than K.
         self.interpret("""
             parts = set()
             kernel._multiprocessors = lambda device: (40, 1 << 20)
-            small, large = kernel.SMALL_TILINGS, kernel.LARGE
-            for kernel.SMALL_TILINGS, kernel.LARGE in ((small, large), ({}, large), ({}, 0)):
+            small, large = kernel.TILINGS, kernel.LARGE
+            any = [each for each in small if each[1] == kernel.ANY]
+            for kernel.TILINGS, kernel.LARGE in ((small, large), (any, large), (any, 0)):
                 for m, n, k in (
                     (1, 1, 32), (1, 9, 544), (1, 5, 3072), (3, 9, 544),
                     (6, 33, 160), (16, 40, 4096), (17, 65, 96), (33, 100, 2016),
@@ -190,63 +182,52 @@ class TestMXFP8WeightOnlyKernel(CustomTestCase):
             assert torch.equal(out.isnan(), expected.isnan())
             """)
 
+    def compiled(self, function, arch, dtype, warps=4, **constants):
+        """Of a launch with aligned arguments, with the decoder that the GPU has."""
+        types = dict(w="*u8", s="*u8", partial="*fp32", counters="*i32")
+        types.update(x=f"*{dtype}", out=f"*{dtype}")
+        aligned = {"x", "w", "s", "out", "partial", "N", "K"}
+        aligned |= {"stride_x", "stride_w", "stride_s"}
+        constants["DECODE"] = "native" if arch >= 89 else "integer"
+        made = compiled(function, arch, warps, types, aligned, **constants)
+        if arch < 89:
+            self.assertNotIn("e4m3", made.asm["ptx"])
+        # SM86, SM89 and SM120 have the least: 99 KiB a block.
+        has_room = arch in (80, 90, 100)
+        room = kernel.LARGE_SHARED if has_room else 99 << 10
+        self.assertLessEqual(made.metadata.shared, room)
+        return made
+
     def test_what_ships_compiles_for_every_gpu(self):
-        run_with_kernel(
-            self,
-            "weight_only_kernel",
-            """
-            import triton
-            from triton.backends.compiler import GPUTarget
-            from triton.compiler import ASTSource
-
-            KINDS = {"w": "*u8", "s": "*u8", "partial": "*fp32", "counters": "*i32"}
-            ALIGNED = {"x", "w", "s", "out", "partial", "N", "K"}
-            ALIGNED |= {"stride_x", "stride_w", "stride_s"}
-
-            def compiled(function, arch, dtype, warps, **constants):
-                names = function.arg_names
-                types = {name: KINDS.get(name, "i32") for name in names}
-                types.update(x="*" + dtype, out="*" + dtype)
-                types = {name: types[name] for name in names}
-                types.update((name, "constexpr") for name in constants)
-                aligned = {
-                    (place,): [["tt.divisibility", 16]]
-                    for place, name in enumerate(names) if name in ALIGNED
-                }
-                source = ASTSource(function, types, constants, aligned)
-                target = GPUTarget("cuda", arch, 32)
-                return triton.compile(source, target, {"num_warps": warps})
-
-            for arch in (80, 86, 89, 90, 100, 120):
-                native = arch >= 89
-                decode = {"DECODE": "native" if native else "integer"}
-                for dtype in ("bf16", "fp16") if arch in (80, 90) else ("bf16",):
-                    tile = {"BN": 4, "BK": 2048, "EVEN": True, **decode}
-                    found = [compiled(kernel._sum_kernel, arch, dtype, 4, **tile)]
-                    tile = {"BN": 16, "BK": 256, **decode}
-                    found.append(compiled(kernel._decode_kernel, arch, dtype, 4, **tile))
-                    tilings = [*kernel.TILINGS.values()]
-                    tilings += [each for _, each in kernel.SMALL_TILINGS.values()]
-                    has_room = arch in (80, 90, 100)
-                    tilings += [kernel.LARGE_TILING] * has_room
-                    for each in tilings if dtype == "bf16" else tilings[:1]:
-                        tile = {"BM": each.bm, "BN": each.bn, "BK": each.bk}
-                        tile.update(WEIGHT_LEFT=each.weight_left, STAGES=each.stages)
-                        tile.update(WARPS=each.warps, EVEN=True, **decode)
-                        product = compiled(
-                            kernel._dot_kernel, arch, dtype, each.warps, **tile
-                        )
-                        assert "mma" in product.asm["ptx"]
-                        assert "cp.async" in product.asm["ptx"]
-                        found.append(product)
-                    for each in found:
-                        # SM86, SM89 and SM120 have the least: 99 KiB a block.
-                        room = kernel.LARGE_SHARED if has_room else 99 << 10
-                        assert each.metadata.shared <= room, each.metadata.shared
-                        uses_e4m3 = "e4m3" in each.asm["ptx"]
-                        assert native or not uses_e4m3, arch
-            """,
-        )
+        tilings = [tiling for *_, tiling in kernel.TILINGS]
+        for arch, dtype, of_dots in (
+            (80, "bf16", [*tilings, kernel.LARGE_TILING]),
+            (86, "bf16", tilings),
+            (89, "bf16", tilings),
+            (90, "bf16", [*tilings, kernel.LARGE_TILING]),
+            (100, "bf16", [*tilings, kernel.LARGE_TILING]),
+            (120, "bf16", tilings),
+            (80, "fp16", tilings[:1]),
+            (90, "fp16", tilings[:1]),
+        ):
+            with self.subTest(arch=arch, dtype=dtype):
+                rows = dict(BN=4, BK=2048, EVEN=True)
+                self.compiled(kernel._sum_kernel, arch, dtype, **rows)
+                self.compiled(kernel._decode_kernel, arch, dtype, BN=16, BK=256)
+                for each in of_dots:
+                    made = self.compiled(
+                        kernel._dot_kernel,
+                        *(arch, dtype, each.warps),
+                        BM=each.bm,
+                        BN=each.bn,
+                        BK=each.bk,
+                        WEIGHT_LEFT=each.weight_left,
+                        STAGES=each.stages,
+                        WARPS=each.warps,
+                        EVEN=True,
+                    )
+                    self.assertIn("mma", made.asm["ptx"])
+                    self.assertIn("cp.async", made.asm["ptx"])
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a CUDA device")
@@ -255,8 +236,6 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
         return random_operands(*arguments, **more, device="cuda")
 
     def with_decoder(self, name: str):
-        from sglang.srt.layers.quantization.mxfp8 import weight_only_kernel as kernel
-
         return mock.patch.object(kernel, "_decoder", lambda device: name)
 
     def decoders(self):
@@ -280,21 +259,6 @@ class TestMXFP8WeightOnlyCUDA(WeightOnlyTest):
                             for max_m in (1000, 0):
                                 output = weight_only_linear(*operands, max_m)
                                 self.check_close(output, *operands, max_m == 0)
-
-    def test_rows_longer_than_k(self):
-        for m in EVERY_M:
-            x, weight, scale = self.on_gpu(m, 200, 2080)
-            k = 1056
-            operands = x[:, :k], weight[:, :k], scale[:, : k // 32]
-            for max_m in (1000, 0):
-                output = weight_only_linear(*operands, max_m)
-                self.check_close(output, *operands, max_m == 0)
-
-    def test_nothing_in_nothing_out(self):
-        x, weight, scale = self.on_gpu(4, 8, 64)
-        self.assertEqual(weight_only_linear(x[:0], weight, scale, 64).shape, (0, 8))
-        output = weight_only_linear(x, weight[:0], scale[:0], 64)
-        self.assertEqual(output.shape, (4, 0))
 
     def test_the_same_bits_each_time_and_on_every_stream(self):
         for m in EVERY_M:

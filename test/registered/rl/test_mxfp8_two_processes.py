@@ -72,11 +72,11 @@ def assert_agrees(model, rank: int, tensors: dict) -> None:
     def fail(message="lost on rank 1"):
         raise EOFError(message)
 
-    def write(*refusals):
+    def write(*checks):
         """Two models in one update, a draft and its target."""
-        for refusal in refusals:
-            agreement.agree_to_write(refusal)
-            written.append(refusal)
+        for check in checks:
+            agreement.agree_to_write(check)
+            written.append(check)
         return True, "Success."
 
     for on_rank_0, on_rank_1, reason, writes in (
@@ -89,8 +89,8 @@ def assert_agrees(model, rank: int, tensors: dict) -> None:
         ),
         (
             lambda: write(None, None),
-            lambda: write(None, ValueError("not on rank 1")),
-            f"not on rank 1.*{partly}",
+            lambda: write(None, fail),
+            f"lost on rank 1.*{partly}",
             1,
         ),
         (

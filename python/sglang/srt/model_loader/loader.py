@@ -14,8 +14,8 @@ DefaultModelLoader._get_weights_iterator
 
 from overlay.marks import decorate, prepend
 
-from sglang.srt.layers.quantization.mxfp8.names import takes_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.finite import reads_finite_weights
+from sglang.srt.layers.quantization.mxfp8.names import takes_mxfp8_names
 
 
 @decorate

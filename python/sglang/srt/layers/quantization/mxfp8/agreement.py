@@ -91,13 +91,18 @@ def run_weight_update(group, update: Callable, *args) -> Tuple[bool, str]:
     return True, message
 
 
-def agree_to_write(refusal: Optional[Exception]) -> None:
-    """Before a model's first write in an update: raise UpdateRefused if any rank refuses.
+def agree_to_write(check: Optional[Callable], *args) -> None:
+    """Before a model's first write in an update: raise UpdateRefused if `check(*args)`
+    raises on any rank. None is for a check that is given up.
 
     Outside `run_weight_update` it stands for this rank alone.
     """
-    rank_update = _rank_update.get()
-    reason = None if refusal is None else str(refusal) or repr(refusal)
+    rank_update, refusal, reason = _rank_update.get(), None, None
+    try:
+        if check is not None:
+            check(*args)
+    except Exception as error:
+        refusal, reason = error, str(error) or repr(error)
     if rank_update is not None:
         reason = rank_update.agree(reason)
     if reason is not None:

@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Set, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +12,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused
 
+WEIGHT, SCALE = "weight", "weight_scale_inv"
+# What a scale is called in checkpoints of ModelOpt and compressed-tensors.
+OTHER_SCALE = "weight_scale"
 # The load formats whose weights go from files through the parameters' loaders, as they
 # are. flash_rl would replace the parameters and model.load_weights for good.
 _FILE_FORMATS = (
@@ -32,21 +35,11 @@ class Header(NamedTuple):
     shape: Tuple[int, ...]
 
 
-_SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
+def with_mxfp8_names(named_tensors: Iterable[Tuple[str, Any]]) -> Iterator:
+    """The tensors of a checkpoint by the names that sglang's MXFP8 loaders know."""
+    for name, tensor in named_tensors:
+        is_other = name.endswith(f".{OTHER_SCALE}")
+        yield name.removesuffix(OTHER_SCALE) + SCALE if is_other else name, tensor
 
 
 def reads_files(load_config: LoadConfig) -> bool:
@@ -72,16 +65,18 @@ def read_headers(files: List[str], use_safetensors: bool) -> List[Tuple[str, Hea
 
 
 def _read_safetensors(file: str) -> Iterator[Tuple[str, Header]]:
+    dtypes: Dict[str, torch.dtype] = {}
     try:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 view = tensors.get_slice(name)
-                dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
-                yield name, Header(dtype, view.get_shape())
-    except (SafetensorError, OSError) as error:
+                kind = view.get_dtype()
+                if kind not in dtypes:
+                    nothing = view[:0] if view.get_shape() else view[...]
+                    dtypes[kind] = nothing.dtype
+                yield name, Header(dtypes[kind], view.get_shape())
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: of F4
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
-    except KeyError as error:
-        raise UpdateRefused(f"{file}: {name} has the unknown dtype {error}") from error
 
 
 def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
@@ -93,38 +88,31 @@ def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
-def read_index(folder: str) -> Dict[str, str]:
-    """The file of each tensor, by the index of a checkpoint; empty if it has none.
-
-    Raises UpdateRefused for an index that cannot be read, or that has nothing.
-    """
-    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
-    if not os.path.exists(index):
-        return {}
-    try:
-        with open(index) as file:
-            weight_map = json.load(file)["weight_map"]
-        if weight_map and all(map(os.path.basename, weight_map.values())):
-            return weight_map
-        error = "it lists no files"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as caught:
-        error = repr(caught)
-    raise UpdateRefused(
-        f"{index} is no index of a checkpoint: {error}. Fetch it again, or remove it if "
-        "the folder is complete without it"
-    )
-
-
-def check_index(files: List[str], names: Set[str]) -> None:
-    """Raises UpdateRefused when a file is missing that the checkpoint's index lists.
+def check_index(folder: str) -> None:
+    """Raises UpdateRefused for an index of a checkpoint that cannot be read, that has
+    nothing, or that lists a file which is not there.
 
     Of one that is there, the index may list more: what the model needs is checked.
     """
-    folder = os.path.dirname(files[0])
-    weight_map = read_index(folder)
-    for name in sorted(set(weight_map) - names):
-        if not os.path.exists(os.path.join(folder, weight_map[name])):
+    index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
+    if not os.path.exists(index):
+        return
+    try:
+        with open(index) as file:
+            weight_map = json.load(file)["weight_map"]
+        tensors = {
+            os.path.join(folder, part): name for name, part in weight_map.items()
+        }
+        if not tensors or os.path.join(folder, "") in tensors:
+            raise ValueError("it lists no files")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UpdateRefused(
+            f"{index} is no index of a checkpoint: {error!r}. Fetch it again, or remove it "
+            "if the folder is complete without it"
+        ) from error
+    for part, name in tensors.items():
+        if not os.path.exists(part):
             raise UpdateRefused(
-                f"{folder}/{SAFE_WEIGHTS_INDEX_NAME} has {name} in {weight_map[name]}, "
-                "which is not there: fetch the checkpoint again"
+                f"{index} has {name} in {os.path.basename(part)}, which is not there: "
+                "fetch the checkpoint again"
             )

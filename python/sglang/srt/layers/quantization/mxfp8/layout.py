@@ -2,8 +2,8 @@
 
 Pure torch, any device (on NVIDIA GPUs the in-place row shuffle is a Triton kernel); no
 index tensors and no global tensors. Every function is a permutation of bytes (plus zero
-padding), so each has an exact inverse. Functions whose names end in _ work in place,
-with at most 64 MiB of temporary memory.
+padding), so each has an exact inverse. Functions whose names end in _ work in place:
+on a weight with at most 64 MiB of temporary memory, on a scale with two of its size.
 
 Sources: FlashInfer 0.6.7.post3, `shuffle_matrix_a` and `shuffle_matrix_sf_a` with an
 epilogue tile of 128 (row order), `block_scale_interleave` (128x4) and
@@ -91,19 +91,16 @@ def swizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) ->
     the [rows, groups] scale. Raises ValueError, before the first write, for a room of
     another length, or for rows % 32 != 0 with `shuffle`.
     """
-    # Padding makes the swizzled form the longer one, so it is written from the end.
-    for plain, swizzled in reversed(list(_scale_slabs(room, rows, groups, shuffle))):
-        copy = _plain_view(_pad(plain, 128), 128, shuffle)
-        _tile_view(swizzled, groups, 128, shuffle).copy_(copy.permute(_REVERSE))
+    _check_scale(room, rows, groups, 128, shuffle)
+    plain = room[: rows * groups].view(rows, groups)
+    copy = _plain_view(_pad(plain, 128), 128, shuffle)
+    _tile_view(room, groups, 128, shuffle).copy_(copy.permute(_REVERSE))
 
 
 def unswizzle_scale_(room: torch.Tensor, rows: int, groups: int, shuffle: bool) -> None:
     """Inverse of `swizzle_scale_`; what follows the scale in `room` is left undefined."""
-    for plain, swizzled in _scale_slabs(room, rows, groups, shuffle):
-        tiles = _tile_view(swizzled, groups, 128, shuffle)
-        copy = tiles.permute(_REVERSE).clone(memory_format=torch.contiguous_format)
-        padded = copy.view(-1).view(room.dtype).view(align(len(plain), 128), -1)
-        plain.copy_(padded[: len(plain), :groups])
+    plain = unswizzle_scale(room, rows, groups, 128, shuffle)
+    room[: rows * groups].view(rows, groups).copy_(plain)
 
 
 def checkpoint_slabs(
@@ -166,22 +163,6 @@ def _pad(scale: torch.Tensor, row_tile: int) -> torch.Tensor:
         return scale.new_empty(0, align(groups, SCALE_GROUP_TILE))
     padding = (0, -groups % SCALE_GROUP_TILE, 0, -rows % row_tile)
     return torch.nn.functional.pad(scale.contiguous(), padding)
-
-
-def _scale_slabs(
-    room: torch.Tensor, rows: int, groups: int, shuffle: bool
-) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
-    """The pieces of a scale that move among themselves: plain [rows, groups], and 1-D."""
-    _check_scale(room, rows, groups, 128, shuffle)
-    padded_groups = align(groups, SCALE_GROUP_TILE)
-    # Two copies live at a time: the last slab's is freed when the next one is made.
-    step = max(1, MAX_TEMPORARY_BYTES // (2 * 128 * padded_groups)) * 128
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
-        yield (
-            room[start * groups : end * groups].view(-1, groups),
-            room[start * padded_groups : align(end, 128) * padded_groups],
-        )
 
 
 def _check_scale(

@@ -6,8 +6,8 @@ form. Two things change the form model-wide: the end of every load and update, a
 """
 
 import functools
+import itertools
 import logging
-import os
 from contextlib import contextmanager
 from typing import Callable, Dict, Iterable, List, Optional, Tuple
 
@@ -16,13 +16,16 @@ import torch
 from sglang.srt.configs.load_config import LoadConfig, LoadFormat
 from sglang.srt.distributed import get_pp_group
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.mxfp8.agreement import UpdateRefused, agree_to_write
+from sglang.srt.layers.quantization.mxfp8.agreement import (
+    UpdateRefused,
+    agree_to_write,
+    shorten,
+)
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
-from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.headers import reads_files, with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
     remake_kv_floats,
-    with_mxfp8_names,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import (
     Mxfp8LinearChoice,
@@ -33,7 +36,6 @@ from sglang.srt.layers.quantization.mxfp8.self_check import checked
 from sglang.srt.layers.quantization.mxfp8.update_check import (
     ACCEPT_UNCHECKED,
     UpdateCheck,
-    check_of,
     is_mxfp8_expert,
     refuse_as_values,
     refuse_experts,
@@ -46,7 +48,6 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
     mxfp8_weights_of,
     name_mxfp8_weights,
 )
-from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.model_loader.utils import post_load_weights
 from sglang.srt.utils import log_info_on_rank0
 
@@ -54,8 +55,9 @@ logger = logging.getLogger(__name__)
 
 # DeepSeek's loaders hold one half of a fused layer until the other comes, in the same
 # request; the second is fused below the first.
-_A_PROJ_HALVES = ("q_a_proj", "kv_a_proj_with_mqa")
-_FUSED_A_PROJ = "fused_qkv_a_proj_with_mqa"
+_FIRST_HALF, _SECOND_HALF = "q_a_proj", "kv_a_proj_with_mqa"
+_OTHER_HALF = {_FIRST_HALF: _SECOND_HALF, _SECOND_HALF: _FIRST_HALF}
+_FUSED_HALVES = "fused_qkv_a_proj_with_mqa"
 
 
 def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
@@ -85,7 +87,9 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
     _all_to_kernel_form(layers)
     model = checked(model)
     _log_backends(layers)
-    model.mxfp8_remake_derived = _derived_weights_maker(model, model_config)
+    model.mxfp8_remake_derived = functools.partial(
+        _remake_derived, model, model_config, model.load_weights
+    )
     check = update_check_of(model_config, model)
     if check is not None:
         check.follow(model)
@@ -95,13 +99,9 @@ def load_served_model(loader, model_config, device_config) -> torch.nn.Module:
 
 def is_mxfp8_model(model: torch.nn.Module) -> bool:
     """Whether any of the model's linears or experts are in MXFP8."""
-    return _mxfp8_config(model) is not None
-
-
-def _mxfp8_config(model: torch.nn.Module):
     methods = (getattr(module, "quant_method", None) for module in model.modules())
     configs = (getattr(method, "quant_config", None) for method in methods)
-    return next((c for c in configs if getattr(c, "use_mxfp8", False)), None)
+    return any(getattr(config, "use_mxfp8", False) for config in configs)
 
 
 def check_mxfp8_checkpoint(loader, model_config, model: torch.nn.Module) -> None:
@@ -121,20 +121,14 @@ def update_check_of(model_config, model) -> Optional[UpdateCheck]:
         return None
     if not hasattr(model, "mxfp8_update_check"):
         is_stage = get_pp_group().world_size > 1
-        model.mxfp8_update_check = check_of(
+        model.mxfp8_update_check = UpdateCheck(
             lambda: model.mxfp8_twin(), model_config, is_stage
         )
     return model.mxfp8_update_check
 
 
-class AgreedWeights:
+class AgreedWeights(itertools.chain):
     """A checkpoint's tensors, checked by its files' headers before they are read."""
-
-    def __init__(self, named_tensors: Iterable[Tuple[str, torch.Tensor]]) -> None:
-        self._named_tensors = named_tensors
-
-    def __iter__(self):
-        return iter(self._named_tensors)
 
 
 def check_mxfp8_disk_update(
@@ -151,8 +145,8 @@ def check_mxfp8_disk_update(
     """
     if not is_mxfp8_model(model):
         return None
-    refusal = None
-    try:
+
+    def check_files() -> None:
         loader = get_model_loader(LoadConfig(load_format=load_format), model_config)
         if not reads_files(loader.load_config):
             raise UpdateRefused(
@@ -163,13 +157,9 @@ def check_mxfp8_disk_update(
         check = update_check_of(model_config, model)
         if check is not None:
             check.source(loader, source, model, name_filter)
-    except Exception as error:
-        refusal = error
-        if not os.path.isdir(model_path) and not isinstance(error, UpdateRefused):
-            hub = f"nor such a model on a hub ({error})"
-            refusal = UpdateRefused(f"there is no such folder here, {hub}")
+
     try:
-        agree_to_write(refusal)
+        agree_to_write(check_files)
     except UpdateRefused as error:
         return f"Refused to update weights from {model_path}: {error}. Nothing was written."
     return None
@@ -195,12 +185,11 @@ def mxfp8_checkpoint_form(model: torch.nn.Module):
 
 
 def in_mxfp8_checkpoint_form(function: Callable) -> Callable:
-    """Run a function of a model, or of an owner of `.model`, in `mxfp8_checkpoint_form`."""
+    """Run a method of the owner of a model in `mxfp8_checkpoint_form`."""
 
     @functools.wraps(function)
     def run(owner, *args, **kwargs):
-        model = owner if isinstance(owner, torch.nn.Module) else owner.model
-        with mxfp8_checkpoint_form(model):
+        with mxfp8_checkpoint_form(owner.model):
             return function(owner, *args, **kwargs)
 
     return run
@@ -213,7 +202,7 @@ def as_mxfp8_raw_loader(custom_loader: Callable) -> Callable:
         if not is_mxfp8_model(model):
             return custom_loader(model, named_tensors)
         named_tensors = list(named_tensors)
-        agree_to_write(_refusal_of(_refuse_raw, model, named_tensors))
+        agree_to_write(_refuse_raw, model, named_tensors)
         with mxfp8_checkpoint_form(model):
             custom_loader(model, named_tensors)
             model.mxfp8_remake_derived()
@@ -236,11 +225,10 @@ def load_mxfp8_tensors_directly(
         _refuse_raw(model, named_tensors)
         writes.extend(_direct_writes(model, named_tensors))
 
-    agree_to_write(_refusal_of(check))
+    agree_to_write(check)
     with mxfp8_checkpoint_form(model):
-        for name, tensor in writes:
-            module, _, short = name.rpartition(".")
-            copy_or_rebind_param(model.get_submodule(module), short, tensor)
+        for param, tensor in writes:
+            param.data.copy_(tensor)
         model.mxfp8_remake_derived()
 
 
@@ -256,7 +244,7 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
 
 def _direct_writes(
     model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
-) -> Iterable[Tuple[str, torch.Tensor]]:
+) -> Iterable[Tuple[torch.nn.Parameter, torch.Tensor]]:
     parameters = dict(model.named_parameters())
     owners = {id(w.layer.weight): w for w in mxfp8_weights_of(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
@@ -270,27 +258,19 @@ def _direct_writes(
             short = name.rpartition(".")[2]
             tensor = owners[id(param)].as_bytes_of(param, short, tensor)
         refuse_as_values(name, tensor.dtype, param.dtype)
-        yield name, tensor.to(param.device, param.dtype)
+        yield param, tensor
 
 
-def _derived_weights_maker(model: torch.nn.Module, model_config) -> Callable:
-    """What a model must do after raw writes: it keeps its KV cache's scales as numbers,
-    and an MLA model keeps weights made of kv_b_proj's."""
-    makers = [functools.partial(remake_kv_floats, model)]
+def _remake_derived(model: torch.nn.Module, model_config, load_weights) -> None:
+    """After raw writes: a model keeps its KV cache's scales as numbers, too, and an MLA
+    model keeps weights made of kv_b_proj's."""
+    remake_kv_floats(model)
     if any(w.name.split(".")[-1] == "kv_b_proj" for w in mxfp8_weights_of(model)):
         owners = [m for m in model.modules() if hasattr(m, "post_load_weights")]
-        makers += [
-            functools.partial(post_load_weights, m, model_config) for m in owners
-        ]
+        for owner in owners:
+            post_load_weights(owner, model_config)
         if not owners:
-            # Kimi-Linear makes them at the end of every load, even of nothing.
-            makers.append(functools.partial(model.load_weights, ()))
-
-    def remake() -> None:
-        for make in makers:
-            make()
-
-    return remake
+            load_weights(())  # Kimi-Linear makes them at the end of every load
 
 
 def _managed(
@@ -307,8 +287,7 @@ def _managed(
             if not isinstance(weights, AgreedWeights):
                 weights = list(with_mxfp8_names(weights))
                 weights += _other_halves(model, dict(weights))
-                refusal = check and _refusal_of(check.tensors, model, weights)
-                agree_to_write(refusal)
+                agree_to_write(check and check.tensors, model, weights)
             return load_weights(weights, *args, **kwargs)
         finally:
             _all_to_kernel_form(layers)
@@ -316,50 +295,37 @@ def _managed(
     return load_checked_weights
 
 
-def _refusal_of(check: Callable, *args) -> Optional[Exception]:
-    try:
-        check(*args)
-    except Exception as refusal:
-        return refusal
-    return None
-
-
 def _other_halves(
     model: torch.nn.Module, sent: Dict[str, torch.Tensor]
 ) -> List[Tuple[str, torch.Tensor]]:
     """What DeepSeek's loaders miss beside a half of a fused layer: the served other half,
     as checkpoint bytes under its checkpoint name."""
-    lone = {
-        name: other
-        for name in sent
-        if (other := _other_half(name)) is not None and other not in sent
-    }
-    if not lone:
-        return []
-    fused = {n: m for n, m in model.named_modules() if n.endswith(_FUSED_A_PROJ)}
-    found = []
-    for name, other in lone.items():
-        layer, _, parameter = name.rpartition(".")
-        # From the layer's number on, a checkpoint and the model agree.
-        tail = layer[max(layer.rfind("layers."), 0) :].rpartition(".")[0]
-        owners = [
-            m for n, m in fused.items() if f".{n}".endswith(f".{tail}.{_FUSED_A_PROJ}")
-        ]
-        if len(owners) == 1 and hasattr(owners[0], parameter):
-            if hasattr(owners[0], "mxfp8_weights"):
-                owners[0].mxfp8_weights.to_checkpoint_form()
-            whole, rows = getattr(owners[0], parameter).data, sent[name].shape[0]
-            first = f".{_A_PROJ_HALVES[0]}." in name
-            found.append((other, (whole[rows:] if first else whole[:-rows]).clone()))
+    found, fused = [], {}
+    for name, tensor in sent.items():
+        module, _, parameter = name.rpartition(".")
+        parent, _, half = module.rpartition(".")
+        other = f"{parent}.{_OTHER_HALF.get(half)}.{parameter}"
+        if half not in _OTHER_HALF or other in sent:
+            continue
+        fused = fused or {
+            _from_its_number(path): layer
+            for path, layer in model.named_modules()
+            if path.endswith(_FUSED_HALVES)
+        }
+        layer = fused.get(_from_its_number(f"{parent}.{_FUSED_HALVES}"))
+        if hasattr(layer, parameter):
+            if hasattr(layer, "mxfp8_weights"):
+                layer.mxfp8_weights.to_checkpoint_form()
+            whole, rows = getattr(layer, parameter).data, len(tensor)
+            served = whole[rows:] if half == _FIRST_HALF else whole[:-rows]
+            found.append((other, served.clone()))
     return found
 
 
-def _other_half(name: str) -> Optional[str]:
-    """The name of the tensor that DeepSeek's loaders fuse with the tensor `name`."""
-    for half, other in (_A_PROJ_HALVES, _A_PROJ_HALVES[::-1]):
-        if f".{half}." in name:
-            return name.replace(f".{half}.", f".{other}.")
-    return None
+def _from_its_number(name: str) -> str:
+    """A layer's name where a checkpoint and the model agree."""
+    _, layers, rest = name.rpartition("layers.")
+    return layers + rest
 
 
 def _wait_for_streams(layers: List[Mxfp8LinearWeights]) -> None:
@@ -416,11 +382,11 @@ def _check_all_written(layers: List[Mxfp8LinearWeights]) -> None:
         return
     missing = [f"{w.name}.{name}" for w in layers for name in w.unwritten()]
     if missing:
-        shown = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
         raise ValueError(
-            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: {shown}. "
-            "Check that it has a scale beside every quantized weight, and that its "
-            "quantization config lists the layers that are kept in bf16."
+            f"the checkpoint did not fill {len(missing)} MXFP8 tensors: "
+            f"{shorten(missing)}. Check that it has a scale beside every quantized "
+            "weight, and that its quantization config lists the layers that are kept in "
+            "bf16."
         )
 
 

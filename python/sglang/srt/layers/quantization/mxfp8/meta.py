@@ -5,7 +5,8 @@ Such a model has loaders and shapes, and no memory; probes stand for the tensors
 
 import contextlib
 import copy
-from typing import Any, Callable, Iterator, Set
+from collections import defaultdict
+from typing import Any, Callable, Dict, Iterable, Iterator, NamedTuple, Set, Tuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -75,12 +76,64 @@ class _Numbers(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class Probe(torch.Tensor):
-    """A meta tensor that knows which tensors of a checkpoint it is made of.
+class Parameter(NamedTuple):
+    """A parameter of a model, and the module that owns it."""
 
-    `load.write(probe, target, place)` is called when it is copied into `target`, or into
-    a `place` in it; `load.read(probe)` when its number is asked for, which is 0.
-    `is_rearranged` says that its elements may be in another order than the checkpoint's.
+    path: str
+    name: str
+    module: torch.nn.Module
+    param: torch.nn.Parameter
+
+
+def parameters_of(model: torch.nn.Module) -> Dict[int, Parameter]:
+    """A meta model's parameters, by the storages that loads are known by."""
+    return {
+        param.untyped_storage()._cdata: Parameter(path, name, module, param)
+        for path, module in model.named_modules()
+        for name, param in module.named_parameters(recurse=False)
+    }
+
+
+class MetaLoad:
+    """One load of a meta model: which tensors were taken, and what they wrote.
+
+    Attributes:
+        taken: names of the tensors that a parameter took.
+        rearranged: names of those whose elements changed their order before.
+        writes: by the parameter's storage and the place in it, how many elements were
+            written, and the names of the tensors that they are of.
+    """
+
+    def __init__(self) -> None:
+        self.taken: Set[str] = set()
+        self.rearranged: Set[str] = set()
+        self.writes: Dict[int, Dict[Any, Tuple[int, Set[str]]]] = defaultdict(dict)
+
+    def probes(self, named_tensors: Iterable[Tuple[str, Any]]) -> Iterator:
+        """For what has a shape and a dtype, what the model loads in its place."""
+        for name, tensor in named_tensors:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            yield name, Probe.of(empty, {name}, self)
+
+    def write(self, probe: "Probe", target: torch.Tensor, place: Any) -> None:
+        """A copy of `probe` into `target`, or into a `place` in it."""
+        numel = target.numel() if place is None else probe.numel()
+        region = target.storage_offset(), place
+        self.writes[target.untyped_storage()._cdata][region] = numel, probe.origins
+        self.taken |= probe.origins
+        if probe.is_rearranged:
+            self.rearranged |= probe.origins
+
+    def read(self, probe: "Probe") -> None:
+        """Its number was asked for, which is 0."""
+        self.taken |= probe.origins
+
+
+class Probe(torch.Tensor):
+    """A meta tensor that tells its `load` what becomes of it.
+
+    `origins` are the names of the tensors that it is made of. `is_rearranged` says that
+    its elements may be in another order than the checkpoint's.
     """
 
     is_rearranged = False
@@ -89,7 +142,7 @@ class Probe(torch.Tensor):
     device = torch.device("meta")
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, names: Set[str], load: Any) -> "Probe":
+    def of(cls, tensor: torch.Tensor, names: Set[str], load: MetaLoad) -> "Probe":
         probe = torch.Tensor._make_subclass(cls, tensor)
         probe.origins, probe.load, probe.source_dtype = names, load, tensor.dtype
         return probe

@@ -9,19 +9,24 @@ import copy
 import functools
 import logging
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Callable, Dict, Iterable, Iterator, List, Optional, Set, Tuple
 
 import torch
 
 from sglang.srt.layers.quantization.mxfp8.formats import bare_name
-from sglang.srt.layers.quantization.mxfp8.headers import read_headers, reads_files
-from sglang.srt.layers.quantization.mxfp8.meta import (
-    Probe,
-    build_on_meta,
-    on_meta_device,
+from sglang.srt.layers.quantization.mxfp8.headers import (
+    Header,
+    read_headers,
+    reads_files,
+    with_mxfp8_names,
 )
-from sglang.srt.layers.quantization.mxfp8.weights import SCALE
+from sglang.srt.layers.quantization.mxfp8.meta import (
+    MetaLoad,
+    build_on_meta,
+    parameters_of,
+)
 from sglang.srt.server_args import get_global_server_args
 
 logger = logging.getLogger(__name__)
@@ -29,8 +34,6 @@ logger = logging.getLogger(__name__)
 Weights = Iterable[Tuple[str, torch.Tensor]]
 Shapes = Dict[str, Tuple[int, ...]]
 
-# What the parameter is called in checkpoints of ModelOpt and compressed-tensors.
-OTHER_SCALE = "weight_scale"
 _KV_SCALE = re.compile(
     r"\.(?:(?P<kind>k|v|kv)_scale|(?P<quark>k|v)_proj\.output_scale)$"
 )
@@ -49,82 +52,16 @@ class Layer:
     tensors: Set[str] = field(default_factory=set)  # the checkpoint's, that it loads
     rearranged: Set[str] = field(default_factory=set)  # those that it rearranges
 
-    @property
-    def modules(self) -> List[str]:
-        return sorted({module_of(name) for name in self.tensors})
-
-
-@dataclass
-class ModelNames:
-    """What a model does with the names of a checkpoint.
-
-    layers: in the order in which they are built, which is the same every time.
-    places: for each tensor that the model takes, the modules that it goes to.
-    attention: the attention layers that have a KV cache.
-    """
-
-    layers: List[Layer]
-    places: Dict[str, Set[str]]
-    attention: List[str]
-
-    @functools.cached_property
-    def parents(self) -> Dict[str, str]:
-        """A module of the checkpoint's, and the model's that its members go to."""
-        return {
-            _parent(module_of(name)): _parent(path)
-            for name, paths in self.places.items()
-            for path in paths
-        }
-
-    def attention_of(self, scale: str) -> List[str]:
-        """The attention layers that a scale of the KV cache belongs to.
-
-        None of them, where the model does not load that layer of the checkpoint's.
-        Raises ValueError where it does, and has no KV cache there.
-        """
-        known = [self.parents[name] for name in _above(scale) if name in self.parents]
-        if not known:
-            return []
-        found = [path for path in self.attention if path.startswith(f"{known[0]}.")]
-        number = re.search(r"layers\.(\d+)", known[0])
-        if not found and number:
-            outside = f"{_OUTSIDE}.{number[1]}"
-            found = [path for path in self.attention if path == outside]
-        if not found:
-            raise ValueError(f"{scale}: the model has no KV cache in {known[0]}")
-        return found
-
-
-class _Arrivals:
-    """Which modules of a meta model the tensors of a checkpoint arrive in."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.places: Dict[str, Set[str]] = {}
-        self.rearranged: Set[str] = set()
-        self._owners = {
-            parameter.untyped_storage()._cdata: path
-            for path, module in model.named_modules()
-            for parameter in module.parameters(recurse=False)
-        }
-
-    def write(self, probe: Probe, target: torch.Tensor, place) -> None:
-        path = self._owners.get(target.untyped_storage()._cdata)
-        if path is not None:
-            for name in probe.origins:
-                self.places.setdefault(name, set()).add(path)
-            if probe.is_rearranged:
-                self.rearranged |= probe.origins
-
-    def read(self, probe: Probe) -> None:
-        pass
-
 
 def ask_model(
     initialize: Callable, model_config, load_config, quant_config, shapes: Shapes
-) -> ModelNames:
-    """The names that a model has for a checkpoint's tensors of these `shapes`.
+) -> Tuple[List[Layer], Dict[str, str]]:
+    """What a model makes of a checkpoint's tensors of these `shapes`.
 
     `initialize` is the loaders' `_initialize_model`. Raises what the model's code does.
+
+    Returns the layers, in the order in which they are built, which is the same every time;
+    and for modules of the checkpoint, the model's that their members go to.
     """
     layers: List[Layer] = []
 
@@ -135,38 +72,40 @@ def ask_model(
     asked = copy.deepcopy(quant_config)
     asked.choose_mxfp8 = record
     model = build_on_meta(initialize, model_config, load_config, asked)
-    with on_meta_device(model_config.dtype):
-        give_kv_scales(model, asked)
-    load = _Arrivals(model)
-    empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    model.load_weights(
-        (name, Probe.of(empty(shape), {name}, load)) for name, shape in shapes.items()
-    )
-    arrived: Dict[str, Set[str]] = {}
-    for name, paths in load.places.items():
-        for path in paths:
-            arrived.setdefault(path, set()).add(name)
+    load, parameters = MetaLoad(), parameters_of(model)
+    headers = {name: Header(torch.bfloat16, shape) for name, shape in shapes.items()}
+    model.load_weights(load.probes(headers.items()))
+    arrived: Dict[str, Set[str]] = defaultdict(set)
+    for storage in load.writes.keys() & parameters.keys():
+        origins = (names for _, names in load.writes[storage].values())
+        arrived[parameters[storage].path].update(*origins)
     paths = {id(module): path for path, module in model.named_modules()}
     for layer in layers:
         layer.path = paths.get(id(layer.module), "")
-        layer.tensors = arrived.get(layer.path, set()) if layer.path else set()
+        layer.tensors = arrived[layer.path] if layer.path else set()
         layer.rearranged = layer.tensors & load.rearranged
-    return ModelNames(layers, load.places, list(kv_caches(model)))
+    modules = {
+        _parent(module_of(name)): _parent(path)
+        for path, names in sorted(arrived.items())
+        for name in names
+    }
+    return layers, modules
 
 
 @dataclass
 class Mxfp8Plan:
-    """Which layers of a model are in MXFP8, and where scales of its KV cache belong.
+    """Which layers of a model are in MXFP8, and by which names it loads them.
 
     Made once, when the model is first built, and followed each time that it is.
 
     layers: (prefix, whether it is in MXFP8) in the order of construction; None where
         layers go by their prefixes.
-    attention: the attention layers of each such scale that the checkpoint has.
+    modules: for modules of the checkpoint, the model's that their members go to, where
+        these have other names.
     """
 
     layers: Optional[List[Tuple[str, bool]]] = None
-    attention: Dict[str, List[str]] = field(default_factory=dict)
+    modules: Dict[str, str] = field(default_factory=dict)
 
     def chooser(self) -> Optional[Callable[[torch.nn.Module, str], bool]]:
         """Says of each layer, in the order of construction, whether it is in MXFP8."""
@@ -185,38 +124,35 @@ class Mxfp8Plan:
 
         return choose
 
-    def attention_of(self, scale: str, caches: Iterable[str]) -> List[str]:
-        """The attention layers that a scale of the KV cache belongs to.
-
-        Raises ValueError for one that the checkpoint did not have and no layer's name has.
-        """
-        if scale not in self.attention:
-            around = {bare_name(name) for name in _above(scale)}
-            found = [path for path in caches if bare_name(_parent(path)) in around]
-            if not found:
-                raise ValueError(f"{scale}: the model has no such KV cache")
-            self.attention[scale] = found
-        return self.attention[scale]
+    def caches_of(self, scale: str, caches: Iterable[str]) -> List[str]:
+        """Of the attention layers with a KV cache, those that a scale belongs to."""
+        places = {bare_name(_parent(path)): _parent(path) for path in caches}
+        places.update(self.modules)
+        around = map(bare_name, _above(scale))
+        place = next((places[name] for name in around if name in places), None)
+        found = [path for path in caches if path.startswith(f"{place}.")]
+        number = re.search(r"layers\.(\d+)\.", scale)
+        if number and not found:
+            found = [path for path in caches if path == f"{_OUTSIDE}.{number[1]}"]
+        return found
 
 
 def plan_mxfp8(initialize: Callable, loader, model_config, quant_config) -> Mxfp8Plan:
     """The plan of a model that is about to be built, by the headers of its checkpoint.
 
     Where there are none, and where the model cannot be asked, layers go by their prefixes.
-    Raises ValueError for a fused layer of which only a part is in MXFP8, and for a scale
-    of a KV cache that the model does not have.
+    Raises ValueError for a fused layer of which only a part is in MXFP8.
     """
     listed = quant_config.mxfp8_layers
     shapes = _shapes(loader, model_config)
-    scales = [name for name in shapes if _KV_SCALE.search(name)]
+    wanted = {m for name in shapes if _KV_SCALE.search(name) for m in _above(name)}
     shapes = {name: s for name, s in shapes.items() if not IS_SCALE.search(name)}
-    wanted = {group for name in scales for group in _above(name)}
     wanted |= {_group(name) for name in shapes if not listed.has(module_of(name))}
     shapes = {name: s for name, s in shapes.items() if _group(name) in wanted}
     if not shapes:
         return Mxfp8Plan()
     try:
-        names = ask_model(
+        layers, modules = ask_model(
             initialize, model_config, loader.load_config, quant_config, shapes
         )
     except Exception as error:
@@ -224,11 +160,12 @@ def plan_mxfp8(initialize: Callable, loader, model_config, quant_config) -> Mxfp
             "The model cannot be asked for the checkpoint's names: %r", error
         )
         return Mxfp8Plan()
-    layers = [
-        (layer.prefix, listed.has_layer(layer.path or layer.prefix, layer.modules))
-        for layer in names.layers
-    ]
-    return Mxfp8Plan(layers, {name: names.attention_of(name) for name in scales})
+    choices = []
+    for layer in layers:
+        own = sorted(set(map(module_of, layer.tensors)))
+        in_mxfp8 = listed.has_layer(layer.path or layer.prefix, own)
+        choices.append((layer.prefix, in_mxfp8))
+    return Mxfp8Plan(choices, {bare_name(name): at for name, at in modules.items()})
 
 
 def give_kv_scales(model: torch.nn.Module, quant_config) -> None:
@@ -324,13 +261,6 @@ def takes_mxfp8_names(get_model_loader: Callable) -> Callable:
     return decorate
 
 
-def with_mxfp8_names(weights: Weights) -> Weights:
-    """Checkpoint tensors by the names that sglang's MXFP8 loaders know."""
-    for name, tensor in weights:
-        layer, dot, last = name.rpartition(".")
-        yield f"{layer}{dot}{SCALE}" if last == OTHER_SCALE else name, tensor
-
-
 def _by_name(model: torch.nn.Module) -> Callable:
     load_weights = model.load_weights
 
@@ -345,19 +275,22 @@ def _by_name(model: torch.nn.Module) -> Callable:
 def load_kv_scales(model: torch.nn.Module, weights: Weights) -> Weights:
     """Load the scales of the KV cache among `weights`, and yield the others.
 
-    Raises ValueError, naming it, for a scale that has no place in the model or that
-    `_refuse_kv_scale` refuses, and for a value's first scale without a key's.
+    One that has no place in the model is dropped: the check of a whole checkpoint knows
+    it. Raises ValueError, naming it, for one that `_refuse_kv_scale` refuses, and for a
+    value's first scale without a key's.
     """
     written = {}
     for name, tensor, places in _with_kv_places(model, weights):
         if places is None:
             yield name, tensor
         for path, cache, kind in places or ():
-            _set_kv_scale(cache, kind, name, tensor)
+            _refuse_kv_scale(cache, kind, name, tensor)
+            getattr(cache, kind).data.copy_(tensor.reshape(()))
             written[path] = cache
     for path, cache in written.items():
         if not cache.k_scale.is_meta and cache.k_scale < 0 < cache.v_scale:
             raise ValueError(f"{path} has a scale for values, but none for keys")
+        _remake_floats(cache)
 
 
 def refuse_bad_kv_scales(model: torch.nn.Module, weights: Weights) -> None:
@@ -379,7 +312,7 @@ def _with_kv_places(model: torch.nn.Module, weights: Weights) -> Iterator:
         caches = kv_caches(model) if caches is None else caches
         yield name, tensor, [
             (path, caches[path], f"{kind}_scale")
-            for path in model.mxfp8_plan.attention_of(name, caches)
+            for path in model.mxfp8_plan.caches_of(name, caches)
             for kind in match["kind"] or match["quark"]
         ]
 
@@ -410,18 +343,13 @@ def _refuse_kv_scale(
 
 
 def remake_kv_floats(model: torch.nn.Module) -> None:
-    """After raw writes: the attention kernels take a scale as a number of Python's."""
+    """After raw writes."""
     for cache in kv_caches(model).values():
-        for kind in ("k_scale", "v_scale"):
-            if getattr(cache, f"{kind}_float") is not None:
-                setattr(cache, f"{kind}_float", getattr(cache, kind).item())
+        _remake_floats(cache)
 
 
-def _set_kv_scale(
-    cache: torch.nn.Module, kind: str, name: str, scale: torch.Tensor
-) -> None:
-    _refuse_kv_scale(cache, kind, name, scale)
-    getattr(cache, kind).data.copy_(scale.reshape(()))
-    # What the attention kernels take, once it is made of the first scales.
-    if getattr(cache, f"{kind}_float") is not None:
-        setattr(cache, f"{kind}_float", scale.item())
+def _remake_floats(cache: torch.nn.Module) -> None:
+    """What the attention kernels take, once it is made of the first scales."""
+    for kind in ("k_scale", "v_scale"):
+        if getattr(cache, f"{kind}_float") is not None:
+            setattr(cache, f"{kind}_float", getattr(cache, kind).item())

@@ -1,16 +1,7 @@
 """What the update check needs of this release: each has its own file of these names."""
 
-from sglang.srt.layers.quantization.mxfp8.names import (
-    IS_SCALE,
-    OTHER_SCALE,
-    refuse_bad_kv_scales,
-    with_mxfp8_names,
-)
-from sglang.srt.layers.quantization.mxfp8.weights import (
-    SCALE,
-    WEIGHT,
-    name_mxfp8_weights,
-)
+from sglang.srt.layers.quantization.mxfp8.names import IS_SCALE, refuse_bad_kv_scales
+from sglang.srt.layers.quantization.mxfp8.weights import name_mxfp8_weights
 from sglang.srt.server_args import get_global_server_args
 
 # Experts are rearranged at load, and again only after a whole update from disk.
@@ -33,11 +24,7 @@ def prepare_weights(loader, source):
 __all__ = [
     "ANY_EXPERT_UPDATE",
     "IS_SCALE",
-    "OTHER_SCALE",
-    "SCALE",
-    "WEIGHT",
     "name_mxfp8_weights",
     "prepare_weights",
     "refuse_bad_kv_scales",
-    "with_mxfp8_names",
 ]

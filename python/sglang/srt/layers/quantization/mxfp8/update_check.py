@@ -6,18 +6,7 @@ it first. What its loaders refuse is refused; a checkpoint has to fill every par
 
 import hashlib
 import os
-from collections import defaultdict
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    List,
-    NamedTuple,
-    Optional,
-    Set,
-    Tuple,
-)
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set, Tuple
 
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -31,21 +20,25 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
 )
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import (
-    check_index,
-    read_headers,
-    read_index,
-)
-from sglang.srt.layers.quantization.mxfp8.meta import Probe
-from sglang.srt.layers.quantization.mxfp8.release import (
-    ANY_EXPERT_UPDATE,
-    IS_SCALE,
     OTHER_SCALE,
     SCALE,
     WEIGHT,
+    check_index,
+    read_headers,
+    with_mxfp8_names,
+)
+from sglang.srt.layers.quantization.mxfp8.meta import (
+    MetaLoad,
+    Parameter,
+    Probe,
+    parameters_of,
+)
+from sglang.srt.layers.quantization.mxfp8.release import (
+    ANY_EXPERT_UPDATE,
+    IS_SCALE,
     name_mxfp8_weights,
     prepare_weights,
     refuse_bad_kv_scales,
-    with_mxfp8_names,
 )
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.vocab_parallel_embedding import (
@@ -67,20 +60,18 @@ class UpdateCheck:
 
     Args:
         build: makes the same model on the meta device; called once, here.
-        is_part: the model is a draft or a pipeline stage, and may take none of an update.
-        not_needed: types of modules whose parameters no checkpoint has to fill.
+        model_config: of the model.
+        is_stage: the model is a stage of a pipeline.
 
     Raises CannotCheck if the model cannot be built there.
     """
 
     def __init__(
-        self,
-        build: Callable[[], torch.nn.Module],
-        is_part: bool = False,
-        not_needed: Tuple[type, ...] = (),
+        self, build: Callable[[], torch.nn.Module], model_config, is_stage: bool
     ) -> None:
-        self._is_part = is_part
-        self._not_needed = not_needed
+        # Such a model may take none of an update.
+        self._is_part = model_config.is_draft_model or is_stage
+        self._not_needed = _not_needed(model_config)
         self._passed: Dict[bytes, Tuple[Set[str], List[str]]] = {}
         self._expected: Set[str] = set()
         self._shapes: Dict[str, torch.Size] = {}  # of the checkpoint at start
@@ -95,11 +86,7 @@ class UpdateCheck:
         for weights in self._layers:
             weights.release()
         self._quantizes = any(weights.quantize_on_load for weights in self._layers)
-        self._parameters = {
-            param.untyped_storage()._cdata: _Parameter(path, name, module, param)
-            for path, module in self._model.named_modules()
-            for name, param in module.named_parameters(recurse=False)
-        }
+        self._parameters = parameters_of(self._model)
 
     def follow(self, model: torch.nn.Module) -> None:
         """From now on, checks are of updates of `model`, which is loaded."""
@@ -141,7 +128,7 @@ class UpdateCheck:
             self._refuse_another(model)
         named_tensors = read_headers(files, use_safetensors)
         if use_safetensors:
-            check_index(files, {name for name, _ in named_tensors})
+            check_index(os.path.dirname(files[0]))
         named_tensors = list(rename(named_tensors))
         if name_filter is not None:
             named_tensors = [named for named in named_tensors if name_filter(named[0])]
@@ -163,19 +150,26 @@ class UpdateCheck:
 
         path, draft = source.model_or_path, loader.load_config.draft_model_idx
         if os.path.isdir(path):
-            read_index(path)
+            check_index(path)
         elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
             raise UpdateRefused("there is no such folder")
-        folder, files, use_safetensors = prepare_weights(loader, source)
+        try:
+            folder, files, use_safetensors = prepare_weights(loader, source)
+        except Exception as error:
+            if model is None or os.path.isdir(path):
+                raise
+            raise UpdateRefused(
+                f"there is no such folder here, nor such a model on a hub ({error})"
+            ) from error
         if use_safetensors:
             files = maybe_add_mtp_safetensors(
                 files, folder, SAFE_WEIGHTS_INDEX_NAME, source.model_config.hf_config
             )
 
         def rename(named_tensors: NamedTensors) -> NamedTensors:
-            if draft is not None:
-                return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
-            return ((f"{source.prefix}{name}", t) for name, t in named_tensors)
+            if draft is None:
+                return named_tensors
+            return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
 
         self.files(files, use_safetensors, model, rename, name_filter)
 
@@ -190,7 +184,7 @@ class UpdateCheck:
         refuse_twice(named_tensors)
         for weights in self._layers:
             weights.loaded.clear()
-        load = _MetaLoad(self._parameters)
+        load = _CheckedLoad()
         try:
             self._model.load_weights(load.probes(named_tensors))
         except Exception as error:
@@ -206,7 +200,7 @@ class UpdateCheck:
             _refuse_missing_scales(named_tensors, load)
             self._refuse_unfilled(load)
         if not whole and not ANY_EXPERT_UPDATE:
-            load.refuse_experts()
+            refuse_experts(self._experts_in(load))
         if len(self._passed) == MAX_PASSED:
             del self._passed[next(iter(self._passed))]
         self._passed[digest] = taken, untaken
@@ -239,17 +233,27 @@ class UpdateCheck:
             f"the model takes nothing of {len(untaken)} tensors: {shorten(untaken)}"
         )
 
-    def _refuse_unfilled(self, load: "_MetaLoad") -> None:
+    def _experts_in(self, load: MetaLoad) -> Set[str]:
+        """The tensors that were written into MXFP8 experts."""
+        return {
+            name
+            for storage, owner in self._parameters.items()
+            if storage in load.writes and is_mxfp8_expert(owner.module, owner.param)
+            for _, names in load.writes[storage].values()
+            for name in names
+        }
+
+    def _refuse_unfilled(self, load: MetaLoad) -> None:
         unfilled = [
             f"{weights.name}.{name}"
             for weights in self._layers
             for name in weights.unwritten()
         ]
         unfilled += [
-            f"{param.path}.{param.name}"
-            for storage, param in self._parameters.items()
-            if not isinstance(param.module, self._not_needed)
-            and not param.is_filled_by(load.regions[storage])
+            f"{owner.path}.{owner.name}"
+            for storage, owner in self._parameters.items()
+            if not isinstance(owner.module, self._not_needed)
+            and not _is_filled(owner, load.writes[storage])
         ]
         if unfilled:
             raise UpdateRefused(
@@ -259,10 +263,8 @@ class UpdateCheck:
             )
 
 
-def check_of(
-    build: Callable[[], torch.nn.Module], model_config, is_stage: bool
-) -> UpdateCheck:
-    """The check of a model that is served with this config, or of a pipeline stage."""
+def _not_needed(model_config) -> Tuple[type, ...]:
+    """Types of modules whose parameters no checkpoint has to fill."""
     not_needed = [RadixAttention]  # a KV cache's scales have a default
     if model_config.is_draft_model:
         not_needed.append(VocabParallelEmbedding)  # the target's
@@ -272,75 +274,32 @@ def check_of(
 
         not_needed.append(ParallelLMHead)  # never run
         not_needed += [BertEmbedding, RobertaEmbedding]  # position_ids, never read
-    is_part = model_config.is_draft_model or is_stage
-    return UpdateCheck(build, is_part, tuple(not_needed))
+    return tuple(not_needed)
 
 
-class _Parameter(NamedTuple):
-    """A parameter of the meta model, and the module that owns it."""
-
-    path: str
-    name: str
-    module: torch.nn.Module
-    param: torch.nn.Parameter
-
-    def is_filled_by(self, regions: Dict[Any, int]) -> bool:
-        """Whether writes to these regions (elements by place) leave nothing of it.
-
-        Loaders leave padding as it is: so every part of a fused layer counts as whole.
-        """
-        if self.param.numel() <= 1:
-            return True  # a number may be read from its tensor, and filled in
-        if hasattr(self.module, "mxfp8_weights") and self.name in (WEIGHT, SCALE):
-            return True  # Mxfp8LinearWeights knows better
-        parts = len(getattr(self.module, "output_sizes", ())) or 1
-        if isinstance(self.module, FusedMoE):
-            parts = self.param.shape[0] * (2 if self.name.startswith("w13") else 1)
-        return len(regions) >= parts or sum(regions.values()) >= self.param.numel()
-
-
-class _MetaLoad:
-    """One load of the meta model: which tensors were taken, and what they wrote.
-
-    Attributes:
-        taken: names of the tensors that a parameter took.
-        rearranged: names of those whose elements changed their order before.
-        regions: elements written, by the parameter's storage and by place.
-    """
-
-    def __init__(self, parameters: Dict[int, _Parameter]) -> None:
-        self.taken: Set[str] = set()
-        self.rearranged: Set[str] = set()
-        self.regions: Dict[int, Dict[Any, int]] = defaultdict(dict)
-        self._parameters = parameters
-        self._writers: Dict[int, Set[str]] = {}
-
-    def probes(self, named_tensors: Iterable[Tuple[str, Any]]) -> NamedTensors:
-        for name, tensor in named_tensors:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            yield name, Probe.of(empty, {name}, self)
+class _CheckedLoad(MetaLoad):
+    """A load that refuses copies by value of what was quantized, or is to be."""
 
     def write(self, probe: Probe, target: torch.Tensor, place: Any) -> None:
-        """A copy of `probe` into `target`, or into a `place` in it."""
         if probe.source_dtype != target.dtype:
             refuse_as_values(", ".join(probe.origins), probe.source_dtype, target.dtype)
-        storage = target.untyped_storage()._cdata
-        region = target.storage_offset(), place
-        numel = target.numel() if place is None else probe.numel()
-        self.taken |= probe.origins
-        if probe.is_rearranged:
-            self.rearranged |= probe.origins
-        self.regions[storage][region] = numel
-        self._writers[storage] = probe.origins
+        super().write(probe, target, place)
 
-    def read(self, probe: Probe) -> None:
-        self.taken |= probe.origins
 
-    def refuse_experts(self) -> None:
-        for storage, names in self._writers.items():
-            owner = self._parameters.get(storage)
-            if owner and is_mxfp8_expert(owner.module, owner.param):
-                refuse_experts(names)
+def _is_filled(owner: Parameter, writes: Dict[Any, Tuple[int, Set[str]]]) -> bool:
+    """Whether these writes leave nothing of a parameter.
+
+    Loaders leave padding as it is: so every part of a fused layer counts as whole.
+    """
+    if owner.param.numel() <= 1:
+        return True  # a number may be read from its tensor, and filled in
+    if hasattr(owner.module, "mxfp8_weights") and owner.name in (WEIGHT, SCALE):
+        return True  # Mxfp8LinearWeights knows better
+    parts = len(getattr(owner.module, "output_sizes", ())) or 1
+    if isinstance(owner.module, FusedMoE):
+        parts = owner.param.shape[0] * (2 if owner.name.startswith("w13") else 1)
+    written = sum(numel for numel, _ in writes.values())
+    return len(writes) >= parts or written >= owner.param.numel()
 
 
 def is_mxfp8_expert(module: torch.nn.Module, param: torch.Tensor) -> bool:
@@ -419,7 +378,7 @@ def _refuse_lost_scales(untaken: List[str], taken: Set[str], modules: Set[str]) 
 
 
 def _refuse_missing_scales(
-    named_tensors: List[Tuple[str, Any]], load: _MetaLoad
+    named_tensors: List[Tuple[str, Any]], load: MetaLoad
 ) -> None:
     """An e4m3 weight that the model takes needs its scale, in the same order."""
     names = {name for name, _ in named_tensors}

@@ -1,8 +1,8 @@
 """x @ W^T for an MXFP8 weight as its checkpoint has it: Triton kernels.
 
-Codes are decoded in registers, by integer operations where a GPU has no e4m3. One row
-of x is a sum in fp32; more rows are a product on tensor cores, whose K is split
-among programs until the GPU is full. The last program of a tile to arrive adds up what
+Codes are decoded in registers, by integer operations where a GPU has no e4m3. A few
+rows of x are sums in fp32; more are a product on tensor cores, whose K is split among
+programs until the GPU is full. The last program of a tile to arrive adds up what
 all have found, in the order of K, so that the same input gives the same output.
 """
 
@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 GROUP = tl.constexpr(32)  # elements along K that share a scale
-MAX_PARTS = 6
-LEAST_K = 768  # of a part, whose sums go through memory
+MAX_PARTS = 8  # of K
 STREAMS = 16  # that can run split products at a time without a launch to zero counters
 COUNTERS = 4096  # tiles that can be split along K in one launch
 
@@ -299,7 +298,7 @@ def _decode_kernel(
 
 
 class Tiling(NamedTuple):
-    """Sizes of a program's tile, of one step along K, and how it is run."""
+    """Sizes of a program's tile, of one step along K, and how it is run and split."""
 
     bm: int
     bn: int
@@ -308,20 +307,23 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
     programs: float  # a multiprocessor, for which K is split
+    least_k: int = 768  # of a part, whose sums go through memory
 
 
-# By the greatest M of each, as measured on an H100 (mxfp8_weight_only_h100.md).
-TILINGS = {
-    16: Tiling(16, 32, 128, False, 2, 3, 6),
-    32: Tiling(32, 64, 128, True, 4, 3, 3),
-    64: Tiling(64, 64, 128, True, 4, 3, 3),
-    128: Tiling(128, 64, 64, True, 4, 3, 3),
-}
-SMALL_TILINGS = {  # of weights of fewer codes than this
-    32: (32 << 20, Tiling(32, 64, 128, False, 4, 3, 3)),
-    64: (16 << 20, Tiling(64, 32, 128, False, 4, 3, 3)),
-    128: (16 << 20, Tiling(64, 64, 128, True, 4, 3, 3)),
-}
+# What takes fewer than so many rows of x and codes, the first that fits, as measured on an
+# H100 (mxfp8_weight_only_h100.md).
+ANY = 2**63 - 1
+TILINGS = (
+    (17, 8 << 20, Tiling(16, 32, 128, False, 2, 3, 6, least_k=512)),
+    (17, ANY, Tiling(16, 32, 128, False, 2, 3, 6)),
+    (33, 8 << 20, Tiling(32, 32, 128, False, 2, 3, 4, least_k=512)),
+    (33, 32 << 20, Tiling(32, 64, 128, False, 4, 3, 3)),
+    (33, ANY, Tiling(32, 64, 128, True, 4, 3, 3)),
+    (65, 16 << 20, Tiling(64, 32, 128, False, 4, 3, 3)),
+    (65, ANY, Tiling(64, 64, 128, True, 4, 3, 3)),
+    (ANY, 16 << 20, Tiling(64, 64, 128, True, 4, 3, 3)),
+    (ANY, ANY, Tiling(128, 64, 64, True, 4, 3, 3)),
+)
 LARGE = 32 << 20  # codes; such weights have one more, above M = 128
 LARGE_TILING = Tiling(256, 128, 64, True, 8, 4, 1)
 LARGE_SHARED = 160 << 10  # bytes of shared memory for it, which not all GPUs have
@@ -331,15 +333,15 @@ def tiling_and_parts(
     m: int, n: int, k: int, multiprocessors: int, shared: int
 ) -> Tuple[Tiling, int]:
     """The tiling of a product, and into how many parts its K is split."""
-    limit = next((limit for limit in TILINGS if m <= limit), 128)
-    codes, small = SMALL_TILINGS.get(limit, (0, None))
-    tiling = small if n * k < codes else TILINGS[limit]
+    tiling = next(
+        tiling for rows, codes, tiling in TILINGS if m < rows and n * k < codes
+    )
     if m > 128 and n * k >= LARGE and shared >= LARGE_SHARED:
         tiling = LARGE_TILING
     tiles = triton.cdiv(m, tiling.bm) * triton.cdiv(n, tiling.bn)
     # A left weight takes so many registers that no more programs run at a time.
     most = tiling.programs * (1 if tiling.weight_left else 1.5)
-    most = min(int(most * multiprocessors / tiles), k // LEAST_K, MAX_PARTS)
+    most = min(int(most * multiprocessors / tiles), k // tiling.least_k, MAX_PARTS)
 
     def fit(parts: int) -> Tuple[float, float]:
         """How evenly the multiprocessors are loaded, and how near to the best load."""
@@ -350,6 +352,14 @@ def tiling_and_parts(
     return tiling, max(range(1, max(1, most) + 1), key=fit)
 
 
+def _is_sum(m: int, n: int, k: int) -> bool:
+    """Whether each row of x is a sum of its own, which reads the weight again: most of it
+    from the L2 cache."""
+    if m <= 2:
+        return m == 1 or n <= 16384
+    return m <= 4 and n <= 4096 and m * n * k <= 24 << 20
+
+
 def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """[M, N] in x's dtype, bf16 or fp16; M, N >= 1, otherwise as `weight_only_linear`."""
     m, k = x.shape
@@ -358,17 +368,17 @@ def fused(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.T
     weight = weight.view(torch.uint8)  # Triton has no e4m3 on SM80
     decode = _decoder(x.device)
     strides = weight.stride(0), scale.stride(0)
-    # Each row of x reads the weight again, which while it is small costs less than a split.
-    if m == 1 or (m <= 4 and m * n * k <= 12 << 20):
+    if _is_sum(m, n, k):
         bk = next((size for size in (2048, 1024) if k % size == 0), 512)
         bn = 4 if bk == 2048 else 8
-        tile = (bn, bk, k % bk == 0, decode)
+        warps = 2 if bk == 512 and m * n > 8192 else 4
+        pointers, sizes = (x, weight, scale, out), (m, n, k, x.stride(0), *strides)
         _sum_kernel[(triton.cdiv(n, bn) * m,)](
-            x, weight, scale, out, m, n, k, x.stride(0), *strides, *tile, num_warps=4
+            *pointers, *sizes, bn, bk, k % bk == 0, decode, num_warps=warps
         )
         return out
     tiling, parts = tiling_and_parts(m, n, k, *_multiprocessors(x.device))
-    bm, bn, bk, weight_left, warps, stages, _ = tiling
+    bm, bn, bk, weight_left, warps, stages, *_ = tiling
     if weight_left:
         source, x = x, x.new_empty(m, triton.cdiv(k, 64) * 64)
         _regroup_kernel[(m, triton.cdiv(k, 1024))](

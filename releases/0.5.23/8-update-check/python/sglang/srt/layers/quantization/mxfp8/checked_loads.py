@@ -3,7 +3,7 @@
 import functools
 import logging
 from contextvars import ContextVar
-from typing import Callable, Optional
+from typing import Callable
 
 import torch
 from sglang.srt.configs.load_config import LoadConfig
@@ -14,9 +14,8 @@ from sglang.srt.layers.quantization.mxfp8.agreement import (
     agree_to_write,
     run_weight_update,
 )
-from sglang.srt.layers.quantization.mxfp8.headers import reads_files
+from sglang.srt.layers.quantization.mxfp8.headers import reads_files, with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.meta import build_on_meta
-from sglang.srt.layers.quantization.mxfp8.release import with_mxfp8_names
 from sglang.srt.runtime_context import get_parallel
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def _make_check(loader, model_config, model: torch.nn.Module):
     """The UpdateCheck of a model that is built; None if it is not checked."""
     from sglang.srt.layers.quantization.mxfp8.update_check import (
         ACCEPT_UNCHECKED,
-        check_of,
+        UpdateCheck,
     )
     from sglang.srt.model_loader import loader as loaders
 
@@ -71,7 +70,7 @@ def _make_check(loader, model_config, model: torch.nn.Module):
         twin.load_weights = _by_name(twin.load_weights)
         return twin
 
-    return check_of(build, model_config, get_parallel().pp_size > 1)
+    return UpdateCheck(build, model_config, get_parallel().pp_size > 1)
 
 
 def _by_name(load_weights: Callable) -> Callable:
@@ -104,7 +103,7 @@ def _checked(model: torch.nn.Module) -> Callable:
     def run(weights, *args, **kwargs):
         if not _files_are_checked.get():
             weights = list(weights)
-            agree_to_write(_refusal_of(check.tensors, model, weights))
+            agree_to_write(check.tensors, model, weights)
         return load_weights(weights, *args, **kwargs)
 
     return run
@@ -134,7 +133,7 @@ def checks_files(update: Callable) -> Callable:
     def run(updater, model_path, load_format, **kwargs):
         is_checked = hasattr(updater.get_model(), "mxfp8_update_check")
         if is_checked and "weight_name_filter" not in kwargs:
-            agree_to_write(_refusal_of(_check_files, updater, model_path, load_format))
+            agree_to_write(_check_files, updater, model_path, load_format)
         token = _files_are_checked.set(True)
         try:
             return update(updater, model_path, load_format, **kwargs)
@@ -154,11 +153,3 @@ def _check_files(updater, model_path: str, load_format: str) -> None:
     source = loader.Source.init_new(config, model)
     source.model_or_path = model_path
     model.mxfp8_update_check.source(loader, source, model)
-
-
-def _refusal_of(check: Callable, *args) -> Optional[Exception]:
-    try:
-        check(*args)
-    except Exception as refusal:
-        return refusal
-    return None

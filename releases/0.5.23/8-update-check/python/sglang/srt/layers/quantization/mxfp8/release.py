@@ -1,25 +1,17 @@
 """What the update check needs of this release: each has its own file of these names."""
 
 import re
-from typing import Iterable, Iterator, List, Tuple
+from typing import Iterable, List, Tuple
 
 import torch
 from sglang.srt.runtime_context import get_model
 
-WEIGHT, SCALE, OTHER_SCALE = "weight", "weight_scale_inv", "weight_scale"
 # Not those of a KV cache, which some models ignore.
 IS_SCALE = re.compile(r"\bweight_scales?(_inv|_2)?$")
 # What experts need after a write is done at the end of every session.
 ANY_EXPERT_UPDATE = True
 
 Weights = Iterable[Tuple[str, torch.Tensor]]
-
-
-def with_mxfp8_names(weights: Weights) -> Iterator[Tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint by the names that the default loader gives them."""
-    ending = f".{OTHER_SCALE}"
-    for name, tensor in weights:
-        yield f"{name}_inv" if name.endswith(ending) else name, tensor
 
 
 def name_mxfp8_weights(model: torch.nn.Module) -> List:
