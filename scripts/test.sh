@@ -36,41 +36,46 @@ export SGLANG_TEST_MAX_RETRY=0
 reports=.cache/reports
 [[ $RELEASE == "$DEFAULT_RELEASE" ]] || reports+=-$RELEASE
 pytest=("$VENV/bin/python" -m pytest --durations=8)
-run_suite=("$VENV/bin/python" test/run_suite.py --reports "$reports")
+run_suite=("$VENV/bin/python" test/run_suite.py)
 
 run_everything() {
+    local hardware=(cpu) status=0 hw
+    ! cuda_device_visible || hardware+=(cuda)
+    rm -rf "$reports"
+    mkdir -p "$reports"
     # Two at a time: with a thread each they do not wait for one another.
     export OMP_NUM_THREADS=1
     "${pytest[@]}" --junitxml="$reports/rest.xml" --ignore=test/registered \
         >"$reports/rest.log" 2>&1 &
     rest=$!
     trap 'kill "$rest" 2>/dev/null || true' EXIT
-    "${run_suite[@]}" || status=1
-    ! cuda_device_visible || "${run_suite[@]}" --hw cuda --reports "$reports/cuda" || status=1
+    for hw in "${hardware[@]}"; do
+        "${run_suite[@]}" --hw "$hw" --suite all --reports "$reports/$hw" || status=1
+    done
     echo "Waiting for the tests that are not registered ($reports/rest.log)"
     wait "$rest" || status=1
     cat "$reports/rest.log"
+    "${run_suite[@]}" --total "${hardware[@]/#/$reports/}" "$reports/rest.xml" || status=1
+    exit "$status"
 }
 
 # The tests of another release's stack: of its own folders, and those of ours that it brings.
 run_release() {
-    local part files shared
+    local status=0 part files shared
+    rm -rf "$reports"
     for part in "$EDITS"/*/test/registered; do
         # Each pull request names what it patches.
-        SGLANG_MXFP8_EMULATION=0 "${run_suite[@]}" --root "$part" \
+        SGLANG_MXFP8_EMULATION=0 "${run_suite[@]}" --suite all --root "$part" \
             --reports "$reports/$(basename "${part%/test/registered}")" || status=1
     done
     files=$(grep -ho 'test/registered/[^"]*' "$EDITS"/*/pr.toml | sort -u)
     mapfile -t shared <<<"$files"
-    "${run_suite[@]}" "${shared[@]}" || status=1
+    "${run_suite[@]}" --suite all --reports "$reports/shared" "${shared[@]}" || status=1
     "${pytest[@]}" --junitxml="$reports/e2e.xml" test/e2e/test_serve_smollm2.py || status=1
+    "${run_suite[@]}" --total "$reports" || status=1
+    exit "$status"
 }
 
 (($# == 0)) || exec "${pytest[@]}" --junitxml=.cache/junit.xml "$@" </dev/null
-status=0 run=run_everything
-[[ $RELEASE == "$DEFAULT_RELEASE" ]] || run=run_release
-rm -rf "$reports"
-mkdir -p "$reports"
-"$run" </dev/null
-"${run_suite[@]}" --total "$reports"
-exit "$status"
+[[ $RELEASE == "$DEFAULT_RELEASE" ]] || run_release </dev/null
+run_everything </dev/null

@@ -4,6 +4,8 @@ import pytest
 import run_suite
 
 CPU = "register_cpu_ci(est_time=5, suite='default')"
+CUDA = "register_cuda_ci(est_time=5, suite='default')"
+SKIPS = "register_cpu_ci(est_time=5, suite='skips')"
 # The call is found in the source; sglang itself need not be imported.
 HEADER = """
 import atexit, os, time, unittest
@@ -15,18 +17,16 @@ class Test(unittest.TestCase):
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    """Runs the tool over test files, given by name and a part of the text; its exit status,
-    and what it says."""
+def run(tmp_path):
+    """Runs the tool over test files, given by name: a registration and more of the text."""
 
-    def run(files: dict[str, str], *arguments: str) -> tuple[int, str]:
+    def run(files: dict[str, tuple], *arguments: str) -> int:
         for name, text in files.items():
             path = tmp_path / "registered" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{HEADER}{text}\n")
+            path.write_text(HEADER + "\n".join(text))
         folders = ["--root", f"{tmp_path}/registered", "--reports", f"{tmp_path}/out"]
-        status = run_suite.main([*folders, *arguments])
-        return status, "".join(capsys.readouterr())
+        return run_suite.main([*folders, *arguments])
 
     return run
 
@@ -34,38 +34,47 @@ def run(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("    def test_bad(self): self.assertEqual(1, 2, 'no')", "1 != 2"),
+        (
+            "    def test_bad(self): self.assertEqual(1, 2, 'no')",
+            "Test.test_bad: 1 != 2",
+        ),
         ("import no_such_module", "No module named 'no_such_module'"),
-        ("    def test_z(self): os._exit(0)", "ended with 0 after 0 passed, "),
-        ("atexit.register(os._exit, 3)", "ended with 3 after 1 passed, "),
-        ("os.kill(os.getpid(), 11)", "ended with -11 after 0 passed"),
+        ("    def test_z(self): os._exit(0)", "no test was finished"),
+        ("atexit.register(os._exit, 3)", "exit status 3 after its tests"),
+        ("os.kill(os.getpid(), 11)", "signal 11 (Segmentation fault)"),
         ("    def test_hang(self): time.sleep(600)", "in test_hang"),  # where it hung
-        ("del Test", "ended with 5 after 0 passed"),
     ],
 )
-def test_what_counts_as_failed(run, tmp_path, text, message):
-    files = {"test_a.py": f"{text}\n{CPU}", "deep/test_b.py": CPU}
-    status, told = run(files, "--timeout-per-file", "3")
-    assert status == 1 and message in told
-    assert "] deep/test_b.py ... 1 passed, 0 failed, 0 skipped\n" in told
-    last = told.splitlines()[-1]
-    assert " 1 failed, 0 skipped" in last
-    assert run({}, "--total", f"{tmp_path}/out") == (0, f"{last}\n")
+def test_what_counts_as_failed(run, capsys, text, message):
+    files = {"test_a.py": (text, CPU), "test_b.py": (CPU,)}
+    assert run(files, "--timeout-per-file", "3") == 1
+    out = capsys.readouterr().out
+    assert message in out and "[2/2] test_b.py ... 1 passed" in out
+    assert " 1 failed, 0 skipped" in out.splitlines()[-1]
 
 
-def test_what_runs(run, tmp_path):
-    skips = f"raise unittest.SkipTest('not here')\n{CPU}"
-    cuda = CPU.replace("cpu", "cuda")
-    files = {"test_a.py": CPU, "test_cuda.py": cuda, "test_skips.py": skips}
-    first, second, third = (f"{tmp_path}/registered/{name}" for name in files)
-    for arguments, status, message in (
-        ([], 0, "1 passed, 0 failed, 1 skipped"),
-        (["--hw", "cuda"], 0, "1 passed, 0 failed, 0 skipped"),
-        ([third], 2, "0 passed, 0 failed, 1 skipped"),
-        ([second], 2, "no file for cpu"),
-    ):
-        told = run(files, *arguments)
-        assert told[0] == status and message in told[1]
-    told = run({"test_new.py": ""})
-    assert told[0] == 2 and "No CI registry found in " in told[1]
-    assert run({}, first)[0] == 0  # whatever stands beside it
+@pytest.mark.parametrize(
+    "arguments, status, message",
+    [
+        ("", 0, "2 passed, 0 failed, 0 skipped"),
+        ("--hw cuda", 0, "1 passed, 0 failed, 0 skipped"),
+        ("--suite all", 0, "2 passed, 0 failed, 1 skipped"),
+        ("--suite skips", 2, "0 passed, 0 failed, 1 skipped"),
+        ("--suite nope", 2, "no file for cpu nope; suites: default, skips"),
+        ("ROOT/test_cuda.py", 2, "not registered for this suite: ROOT/test_cuda.py"),
+        ("--total ROOT/none.xml", 1, "none.xml: no test ran"),
+    ],
+)
+def test_what_runs(run, tmp_path, capsys, arguments, status, message):
+    skipped = ("raise unittest.SkipTest('not here')", SKIPS)
+    files = {"test_a.py": (CPU,), "deep/test_a.py": (CPU,), "test_cuda.py": (CUDA,)}
+    files |= {"test_skips.py": skipped}
+    root = f"{tmp_path}/registered"
+    assert run(files, *arguments.replace("ROOT", root).split()) == status
+    told = "".join(capsys.readouterr()).replace(root, "ROOT")
+    assert message in told
+
+
+def test_a_file_that_is_not_registered_is_refused(run, capsys):
+    assert run({"test_a.py": (CPU,), "test_b.py": ()}) == 2
+    assert "No CI registry found in " in capsys.readouterr().err

@@ -6,6 +6,7 @@ from unittest import mock
 
 import flashinfer
 import torch
+
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config

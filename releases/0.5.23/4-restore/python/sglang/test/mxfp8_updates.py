@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+
 from sglang.srt.model_executor.model_runner_components import weight_updater
 
 

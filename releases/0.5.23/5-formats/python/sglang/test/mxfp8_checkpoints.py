@@ -7,6 +7,7 @@ from typing import Dict, Optional
 
 import torch
 from safetensors.torch import save_file
+
 from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig

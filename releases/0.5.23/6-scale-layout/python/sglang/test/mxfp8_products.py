@@ -5,6 +5,7 @@ from typing import Optional, Tuple
 
 import flashinfer
 import torch
+
 from sglang.srt.layers.quantization.mxfp8 import layout, numerics
 
 

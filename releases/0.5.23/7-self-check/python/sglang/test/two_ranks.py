@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Callable
 
 import torch
+
 from sglang.srt.distributed import parallel_state
 from sglang.test.test_utils import publish_build_topology
 

@@ -4,8 +4,9 @@ _llama_remap
 """
 
 from overlay.marks import prepend
-from sglang.srt.models.utils import WeightsMapper
 from torch import nn
+
+from sglang.srt.models.utils import WeightsMapper
 
 
 @prepend

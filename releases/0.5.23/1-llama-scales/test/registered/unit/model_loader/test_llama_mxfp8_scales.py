@@ -4,13 +4,14 @@ import unittest
 from itertools import product
 
 import torch
+from transformers import LlamaConfig
+
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.models.llama import LlamaForCausalLM
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.layer_ut_utils import init_single_process_dist
 from sglang.test.test_utils import CustomTestCase
-from transformers import LlamaConfig
 
 register_cpu_ci(est_time=15, suite="base-a-test-cpu")
 

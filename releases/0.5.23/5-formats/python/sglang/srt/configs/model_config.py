@@ -9,6 +9,7 @@ ModelConfig._parse_modelopt_quant_config
 from typing import TYPE_CHECKING, Optional
 
 from overlay.marks import prepend, splice
+
 from sglang.srt.layers.quantization.mxfp8.formats import (
     describe_mxfp8,
     flat_modelopt_mxfp8,

@@ -13,6 +13,7 @@ from compressed_tensors.quantization import (
     QuantizationConfig,
     preset_name_to_scheme,
 )
+
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod
 from sglang.srt.layers.quantization.utils import is_layer_skipped

@@ -4,6 +4,7 @@ ModelRunner.load_model
 """
 
 from overlay.marks import splice
+
 from sglang.srt.layers.quantization.mxfp8.self_check import checked
 
 

@@ -7,6 +7,7 @@ DefaultModelLoader._get_weights_iterator
 """
 
 from overlay.marks import decorate
+
 from sglang.srt.layers.quantization.mxfp8.checked_loads import (
     checks_checkpoint,
     checks_updates,

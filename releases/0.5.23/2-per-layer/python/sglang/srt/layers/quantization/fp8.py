@@ -5,6 +5,7 @@ Fp8LinearMethod.create_weights, Fp8LinearMethod._choose_mxfp8_backend
 
 import torch
 from overlay.marks import append
+
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang.srt.layers.quantization.fp8_utils import (
     mxfp8_linear_of,

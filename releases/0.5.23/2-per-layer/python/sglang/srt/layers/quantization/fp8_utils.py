@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Callable, List, Optional
 
 import torch
 from overlay.marks import prepend
+
 from sglang.srt.layers.quantization.mxfp8 import shapes
 
 if TYPE_CHECKING:

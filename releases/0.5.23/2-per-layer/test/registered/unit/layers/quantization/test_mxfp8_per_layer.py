@@ -4,6 +4,7 @@ refuse is read from FlashInfer 0.7.2."""
 import unittest
 
 import torch
+
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp8_linears import loaded_linear, on_gpu
 from sglang.test.test_utils import CustomTestCase

@@ -12,6 +12,7 @@ Fp8MoEMethod.__init__
 from typing import TYPE_CHECKING
 
 from overlay.marks import append, prepend
+
 from sglang.srt.layers.quantization.base_config import (
     FusedMoEMethodBase,
     LinearMethodBase,

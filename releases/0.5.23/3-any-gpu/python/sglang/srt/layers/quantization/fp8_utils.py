@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from overlay.marks import drop, prepend
+
 from sglang.srt.layers.quantization.mxfp8 import numerics
 from sglang.srt.layers.quantization.mxfp8.weight_only import (
     max_m_fused,

@@ -6,6 +6,7 @@ import unittest
 from unittest import mock
 
 import torch
+
 from sglang.srt.layers.quantization import fp8, fp8_utils
 from sglang.srt.layers.quantization.fp8 import Fp8Config, Fp8LinearMethod, Fp8MoEMethod
 from sglang.test.ci.ci_register import register_cpu_ci

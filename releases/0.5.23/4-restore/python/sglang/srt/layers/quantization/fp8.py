@@ -13,6 +13,9 @@ from typing import Callable
 
 import torch
 from overlay.marks import prepend, splice
+from torch.nn import Module
+from torch.nn.parameter import Parameter
+
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang.srt.layers.quantization.mxfp8.layout import (
     align,
@@ -21,8 +24,6 @@ from sglang.srt.layers.quantization.mxfp8.layout import (
     unshuffle_rows_,
     unswizzle_scale_,
 )
-from torch.nn import Module
-from torch.nn.parameter import Parameter
 
 
 class Fp8LinearMethod(LinearMethodBase):

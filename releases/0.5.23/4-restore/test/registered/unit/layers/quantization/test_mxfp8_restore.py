@@ -9,6 +9,7 @@ from unittest import mock
 import flashinfer
 import torch
 from safetensors.torch import save_file
+
 from sglang.kernels.ops.speculative.dspark.dspark_draft_model import (
     _build_stacked_wkv_weight,
 )

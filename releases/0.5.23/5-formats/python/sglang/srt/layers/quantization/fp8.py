@@ -9,6 +9,7 @@ Fp8Config.apply_weight_name_mapper
 from typing import Optional
 
 from overlay.marks import splice
+
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.mxfp8.formats import map_names, names_the_format
 

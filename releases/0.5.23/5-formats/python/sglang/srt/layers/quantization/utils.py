@@ -4,6 +4,7 @@ is_layer_skipped
 """
 
 from overlay.marks import prepend
+
 from sglang.srt.layers.quantization.mxfp8.formats import LayerList, has_patterns
 
 

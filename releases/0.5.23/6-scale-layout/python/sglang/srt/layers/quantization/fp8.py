@@ -4,6 +4,7 @@ Fp8LinearMethod._choose_mxfp8_backend
 """
 
 from overlay.marks import append
+
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 from sglang.srt.layers.quantization.fp8_utils import trtllm_mxfp8_linear_of
 

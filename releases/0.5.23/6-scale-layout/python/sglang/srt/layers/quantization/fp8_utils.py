@@ -7,6 +7,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Callable, Optional
 
 import torch
+
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8 import scale_layout
 from sglang.srt.utils.common import get_device_name

@@ -13,9 +13,10 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest import mock
 
+import torch
+
 import sglang.kernels.ops.gemm.fp8_kernel as gemm_kernels
 import sglang.kernels.ops.quantization.fp8_kernel as quantizers
-import torch
 from sglang.srt.layers.quantization.mxfp8 import layout, numerics
 from sglang.srt.model_executor import model_runner
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -4,6 +4,7 @@ WeightUpdater.update_weights_from_disk, WeightUpdater.load_weights_from_distribu
 """
 
 from overlay.marks import decorate, splice
+
 from sglang.srt.layers.quantization.mxfp8.agreement import what_was_written
 from sglang.srt.layers.quantization.mxfp8.checked_loads import agrees, checks_files
 

@@ -4,6 +4,7 @@ Fp8LinearMethod.__init__
 """
 
 from overlay.marks import prepend
+
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator, List, Tuple
 
 import torch
+
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 from sglang.srt.layers.quantization.fp8_utils import (
     Mxfp8DenseGemmBackend,

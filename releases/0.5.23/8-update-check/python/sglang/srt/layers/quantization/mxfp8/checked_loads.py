@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from typing import Callable
 
 import torch
+
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp8.agreement import (

@@ -4,6 +4,7 @@ import re
 from typing import Iterable, List, Tuple
 
 import torch
+
 from sglang.srt.runtime_context import get_model
 
 # Not those of a KV cache, which some models ignore.

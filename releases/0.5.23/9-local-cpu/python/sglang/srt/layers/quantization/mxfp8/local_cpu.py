@@ -11,6 +11,7 @@ from typing import Optional, Tuple
 
 import flashinfer
 import torch
+
 from sglang.srt.layers.quantization import fp8_utils
 from sglang.srt.layers.quantization.mxfp8 import emulation, numerics
 from sglang.srt.layers.quantization.mxfp8.layout import swizzle_scale
