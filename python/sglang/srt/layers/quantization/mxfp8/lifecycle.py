@@ -48,6 +48,7 @@ from sglang.srt.layers.quantization.mxfp8.weights import (
     mxfp8_weights_of,
     name_mxfp8_weights,
 )
+from sglang.srt.layers.utils import copy_or_rebind_param
 from sglang.srt.model_loader.utils import post_load_weights
 from sglang.srt.utils import log_info_on_rank0
 
@@ -227,8 +228,9 @@ def load_mxfp8_tensors_directly(
 
     agree_to_write(check)
     with mxfp8_checkpoint_form(model):
-        for param, tensor in writes:
-            param.data.copy_(tensor)
+        for name, tensor in writes:
+            module, _, short = name.rpartition(".")
+            copy_or_rebind_param(model.get_submodule(module), short, tensor)
         model.mxfp8_remake_derived()
 
 
@@ -244,7 +246,7 @@ def _refuse_raw(model: torch.nn.Module, named_tensors: list) -> None:
 
 def _direct_writes(
     model: torch.nn.Module, named_tensors: Iterable[Tuple[str, torch.Tensor]]
-) -> Iterable[Tuple[torch.nn.Parameter, torch.Tensor]]:
+) -> Iterable[Tuple[str, torch.Tensor]]:
     parameters = dict(model.named_parameters())
     owners = {id(w.layer.weight): w for w in mxfp8_weights_of(model)}
     owners |= {id(w.layer.weight_scale_inv): w for w in owners.values()}
@@ -258,7 +260,7 @@ def _direct_writes(
             short = name.rpartition(".")[2]
             tensor = owners[id(param)].as_bytes_of(param, short, tensor)
         refuse_as_values(name, tensor.dtype, param.dtype)
-        yield param, tensor
+        yield name, tensor.to(param.device, param.dtype)
 
 
 def _remake_derived(model: torch.nn.Module, model_config, load_weights) -> None:
