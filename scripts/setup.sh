@@ -26,16 +26,10 @@ use_release() {
 use_release "${MXFP8_RELEASE:-$DEFAULT_RELEASE}"
 
 # locked COMMAND...: runs COMMAND while no other process installs anything in this tree.
-# Within itself, also in scripts that COMMAND starts, it does not wait.
 locked() {
-    if [[ -n ${MXFP8_SETUP_LOCKED-} ]]; then
-        "$@" >&2
-        return
-    fi
     mkdir -p "$ROOT/.cache"
     (
         flock -n 9 || { echo "Waiting for another setup to finish" >&2; flock 9; }
-        export MXFP8_SETUP_LOCKED=1
         "$@" >&2
     ) 9>"$ROOT/.cache/setup.lock"
 }
@@ -65,7 +59,8 @@ install_all() {
     install_requirements "$LOCK" --no-deps
     echo "Building the patched wheel"
     rm -rf "$ROOT/dist/sglang-$RELEASE+"*.whl
-    "$ROOT/scripts/patchset" wheel --release "$RELEASE" --output "$ROOT/dist"
+    PYTHONPATH=$ROOT/scripts "$VENV/bin/python" -m overlay.cli \
+        wheel --release "$RELEASE" --output "$ROOT/dist"
     "$UV" pip install --python "$VENV/bin/python" --no-deps --reinstall-package sglang \
         "$ROOT/dist/sglang-$RELEASE+"*.whl
     digest >"$VENV/.stamp"
@@ -95,7 +90,9 @@ install_requirements() {
 # converter is the default release's, and both releases read what its transformers write.
 DEFAULT_MODEL=$ROOT/.cache/models/SmolLM2-135M-Instruct-MXFP8
 get_default_model() {
-    [[ -f $DEFAULT_MODEL/config.json ]] || locked make_default_model
+    [[ ! -f $DEFAULT_MODEL/config.json ]] || return 0
+    MXFP8_RELEASE=$DEFAULT_RELEASE "$ROOT/scripts/setup.sh"
+    locked make_default_model
 }
 
 make_default_model() {
@@ -104,7 +101,6 @@ make_default_model() {
     [[ -t 2 ]] || export TQDM_MININTERVAL=10
     # What a killed run left behind.
     rm -rf "${DEFAULT_MODEL%/*}"/.SmolLM2-135M-Instruct*.partial-*
-    MXFP8_RELEASE=$DEFAULT_RELEASE "$ROOT/scripts/setup.sh"
     "$ROOT/.venv/bin/python" "$ROOT/scripts/fetch_model.py"
     "$ROOT/.venv/bin/python" -W ignore "$ROOT/scripts/convert_to_mxfp8.py" \
         "${DEFAULT_MODEL%-MXFP8}" "$DEFAULT_MODEL"

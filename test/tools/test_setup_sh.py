@@ -18,8 +18,9 @@ FILES = {
     "requirements/lock.txt": "a==1\n",
     "python/a.py": "",
     "scripts/overlay/a.py": "",
-    "scripts/patchset": "#!/bin/sh\necho wheel >>calls\ntouch dist/sglang-1.0+1.whl\n",
-    ".venv/bin/python": "#!/bin/sh\n",
+    "scripts/patchset": "",
+    ".venv/bin/python": '#!/bin/sh\n[ "$2" != overlay.cli ] || '
+    "{ echo wheel >>calls; touch dist/sglang-1.0+1.whl; }\n",
     "bin/uv": "#!/bin/sh\nshift 4\necho $* >>calls\nsleep 0.5\n",
     "dist/x": "",
 }

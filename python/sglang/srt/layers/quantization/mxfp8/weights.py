@@ -27,9 +27,7 @@ from sglang.srt.layers.quantization.mxfp8.layout import (
     shuffle_rows_,
     swizzle_scale_,
     swizzled_scale_numel,
-    unshuffle_rows,
     unshuffle_rows_,
-    unswizzle_scale,
     unswizzle_scale_,
 )
 from sglang.srt.layers.quantization.mxfp8.numerics import (
