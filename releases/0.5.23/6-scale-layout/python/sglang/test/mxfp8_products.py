@@ -21,15 +21,8 @@ def mxfp8_quantize(
     return values, layout.swizzle_scale(scale, 8 if is_8x4 else 128)
 
 
-def mm_mxfp8(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scale: torch.Tensor,
-    b_scale: torch.Tensor,
-    out_dtype: torch.dtype,
-    use_8x4_sf_layout: bool = False,
-    backend: str = "auto",
-) -> torch.Tensor:
+def mm_mxfp8(a, b, a_scale, b_scale, out_dtype, use_8x4_sf_layout=False, backend=""):
+    """[M, N] of e4m3 a [M, K] and b [K, N] and their 1-D scales, in `out_dtype`."""
     (m, k), n, tile = a.shape, b.shape[1], 8 if use_8x4_sf_layout else 128
     is_shuffled = backend == "trtllm"
     a_scale = layout.unswizzle_scale(a_scale, m, k // 32, tile)
