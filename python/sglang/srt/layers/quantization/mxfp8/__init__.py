@@ -2,8 +2,8 @@
 
 numerics            quantize, dequantize
 finite              which bytes are no numbers
+shuffle_kernel      trtllm's order of rows as a Triton kernel
 layout              the kernels' permutations of bytes, and back
-shuffle_kernel      one of them as a Triton kernel
 weight_only_kernel  a product with the checkpoint's own bytes as Triton kernels
 weight_only         the same, and in plain torch
 emulation           what FlashInfer's kernels compute, for missing hardware only
@@ -12,11 +12,11 @@ scale_layout        trtllm's activation scales: 8x4 or 128x4
 routing             which kernel for which layer
 formats             what a checkpoint's config says
 agreement           ranks agree before one of them writes
-weights             one layer's weight and scale through its life
-linears             what the self-check needs of them
-self_check          whether a kernel computes what it should, here and now
 headers             what a checkpoint's files say of their tensors
+weights             one layer's weight and scale through its life
 meta                a model without memory, and what arrives in it
+linears             what the self-check needs of a layer
+self_check          whether a kernel computes what it should, here and now
 names               what a model makes of a checkpoint's names
 release             what the next one needs of this release of sglang
 update_check        whether a model would take an update

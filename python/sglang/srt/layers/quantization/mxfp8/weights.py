@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from sglang.srt.layers.quantization.mxfp8.agreement import HalfMoved
 from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
+from sglang.srt.layers.quantization.mxfp8.headers import SCALE, WEIGHT
 from sglang.srt.layers.quantization.mxfp8.layout import (
     MAX_TEMPORARY_BYTES,
     checkpoint_slabs,
@@ -37,7 +38,6 @@ from sglang.srt.layers.quantization.mxfp8.numerics import (
 )
 from sglang.srt.layers.quantization.mxfp8.routing import Mxfp8LinearChoice
 
-WEIGHT, SCALE = "weight", "weight_scale_inv"
 # Bytes that a parameter accepts without conversion, besides its own dtype.
 _SAME_BYTES = {
     torch.float8_e4m3fn: (torch.uint8,),
