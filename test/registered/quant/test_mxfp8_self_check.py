@@ -208,7 +208,13 @@ class TestSelfCheck(CustomTestCase):
     def test_a_models_shapes_without_its_weights(self):
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint(folder, {}, intermediate_size=1024)
-            command = ["env", "SGLANG_MXFP8_EMULATION=1", sys.executable, "-W", "ignore"]
+            command = [
+                "env",
+                "SGLANG_MXFP8_EMULATION=1",
+                sys.executable,
+                "-W",
+                "ignore",
+            ]
             command += ["-m", self_check.__name__, "--model", folder, "--tp", "2"]
             command += ["--fp8-gemm-backend", "flashinfer_trtllm"]
             result = subprocess.run(command, text=True, capture_output=True)
