@@ -290,6 +290,8 @@ class TestInMemory(TinyModelTestCase):
             with graphs(disable_cuda_graph=True):
                 update(half.items())
             self.assertEqual((attn.k_scale.item(), attn.k_scale_float), (0.5, 0.5))
+            self.assertIn("would keep (0.5", self.refusal_of(model, self.path_b))
+            self.assertEqual(self.refusal_of(model, self.write({**self.b, **half})), "")
             update([(CACHE_SCALE, torch.tensor(1.0))])
         with graphs(disable_cuda_graph=False):
             self.assert_undone(model, {**self.b, **half}, f"{CACHE_SCALE} changes")

@@ -25,6 +25,7 @@ from sglang.srt.layers.quantization.mxfp8.finite import refuse_non_finite
 from sglang.srt.layers.quantization.mxfp8.headers import reads_files, with_mxfp8_names
 from sglang.srt.layers.quantization.mxfp8.names import (
     refuse_bad_kv_scales,
+    refuse_old_kv_scales,
     remake_kv_floats,
 )
 from sglang.srt.layers.quantization.mxfp8.routing import (
@@ -157,7 +158,9 @@ def check_mxfp8_disk_update(
         source.model_or_path = model_path
         check = update_check_of(model_config, model)
         if check is not None:
-            check.source(loader, source, model, name_filter)
+            taken = check.source(loader, source, model, name_filter)
+            if name_filter is None:
+                refuse_old_kv_scales(model, taken)
 
     try:
         agree_to_write(check_files)

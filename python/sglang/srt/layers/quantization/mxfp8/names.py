@@ -300,6 +300,22 @@ def refuse_bad_kv_scales(model: torch.nn.Module, weights: Weights) -> None:
             _refuse_kv_scale(cache, kind, name, scale)
 
 
+def refuse_old_kv_scales(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError where a checkpoint of these tensors would leave the KV cache with
+    scales of the one before, since it has none there."""
+    empty = ((name, torch.empty(0)) for name in names)
+    given = {
+        p for _, _, places in _with_kv_places(model, empty) for p, *_ in places or ()
+    }
+    for path, cache in kv_caches(model).items():
+        scales = cache.k_scale_float, cache.v_scale_float
+        if path not in given and scales not in ((None, None), (1.0, 1.0)):
+            raise ValueError(
+                f"it has no scales of the KV cache, and {path} would keep {scales} for keys "
+                "and values: restart the server on the new weights"
+            )
+
+
 def _with_kv_places(model: torch.nn.Module, weights: Weights) -> Iterator:
     """(name, tensor, places): (path, attention layer, kind) of each place of a scale of
     the KV cache; None for other tensors."""

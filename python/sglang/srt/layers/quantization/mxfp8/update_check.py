@@ -114,10 +114,12 @@ class UpdateCheck:
         model: Optional[torch.nn.Module] = None,
         rename: Callable[[NamedTensors], NamedTensors] = iter,
         name_filter: Optional[Callable[[str], bool]] = None,
-    ) -> None:
-        """Check a checkpoint by its files' headers. Raises UpdateRefused as `tensors` does,
-        for a damaged file, for a tensor that stands in two files or that the index has and
-        no file, and for a parameter that nothing fills.
+    ) -> Set[str]:
+        """Check a checkpoint by its files' headers: the names that the model takes.
+
+        Raises UpdateRefused as `tensors` does, for a damaged file, for a tensor that stands
+        in two files or that the index has and no file, and for a parameter that nothing
+        fills.
 
         Args:
             model: what is updated; None at start.
@@ -137,6 +139,7 @@ class UpdateCheck:
             self._refuse_nothing(untaken)
         if model is None:
             self._shapes = {name: torch.Size(t.shape) for name, t in named_tensors}
+        return taken
 
     def source(
         self,
@@ -144,7 +147,7 @@ class UpdateCheck:
         source,
         model: Optional[torch.nn.Module] = None,
         name_filter: Optional[Callable[[str], bool]] = None,
-    ) -> None:
+    ) -> Set[str]:
         """Check, as `files` does, what a default loader reads from its `source`."""
         from sglang.srt.model_loader.weight_utils import maybe_add_mtp_safetensors
 
@@ -171,7 +174,7 @@ class UpdateCheck:
                 return named_tensors
             return loader._filter_mtp_weights(named_tensors, source.prefix, draft)
 
-        self.files(files, use_safetensors, model, rename, name_filter)
+        return self.files(files, use_safetensors, model, rename, name_filter)
 
     def _load(
         self, named_tensors: List[Tuple[str, Any]], whole: bool
