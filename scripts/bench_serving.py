@@ -49,6 +49,7 @@ from serve import CPU_FLAGS, Failed, log_end, say, stop, wait_until_healthy
 ROOT = Path(__file__).resolve().parents[1]
 REHEARSAL = "REHEARSAL on a CPU, kernels emulated: it says nothing about speed."
 REHEARSAL_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct"
+START_LIMIT_S = 3600
 HOST = "127.0.0.1"
 LAYOUT = "SGLANG_MXFP8_TRTLLM_SF_LAYOUT"
 # What the servers differ in must not come from the shell.
@@ -229,7 +230,7 @@ def running_server(session: Session, name: str, folder: Path):
     log = folder / f"server-{len(list(folder.glob('server-*.log'))) + 1}.log"
     process = start(session, "sglang.launch_server", flags, log, **env)
     try:
-        wait_until_healthy(process, f"http://{HOST}:{port}", log)
+        wait_until_healthy(process, f"http://{HOST}:{port}", log, START_LIMIT_S)
         if bool(backend) != ("MXFP8 linear layers: " in log.read_text()):
             raise Failed(f"{Path(model).name} is not in the format of this server")
         yield port

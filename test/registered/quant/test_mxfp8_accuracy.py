@@ -46,8 +46,10 @@ class TestAccuracy(CustomTestCase):
         model = AutoModelForCausalLM.from_pretrained(BF16_MODEL, dtype=torch.bfloat16)
         windows = ids[:768], ids[768:1536]
         bf16 = torch.stack([reference_logprobs(model, w) for w in windows]).numpy()
-        runs = dict(bf16=bf16, trtllm=mxfp8, cutlass=mxfp8)
+        runs = dict(bf16=bf16, trtllm=mxfp8, cutlass=mxfp8.copy())
         self.assertRegex([*accuracy.report(runs)][-1], "trtllm and cutlass are equal")
+        runs["cutlass"][1, 3] += 0.5
+        self.assertRegex([*accuracy.report(runs)][-1], "differ in 1 tokens")
         mean, _ = accuracy.clustered_mean(bf16 - mxfp8)
         self.assertLess(abs(mean), self.bound)
         # The server did run in MXFP8.

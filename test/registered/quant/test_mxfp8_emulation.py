@@ -91,7 +91,7 @@ class TestMXFP8Quantizer(CustomTestCase):
 class TestMXFP8Matmul(CustomTestCase):
     """That it computes what it should: test_mxfp8_linear.py."""
 
-    def problem(self, n=160, k=512, use_8x4=False) -> dict:
+    def problem(self, n=160, k=512, use_8x4=False, backend="cutlass") -> dict:
         """Arguments of mm_mxfp8."""
         _, b, scale = random_mxfp8(n, k)
         a, a_descale = emulation.mxfp8_quantize(torch.randn(5, k).bfloat16(), use_8x4)
@@ -101,7 +101,7 @@ class TestMXFP8Matmul(CustomTestCase):
             a_descale=a_descale,
             b_descale=swizzle_scale(scale),
             use_8x4_sf_layout=use_8x4,
-            backend="trtllm" if use_8x4 else "cutlass",
+            backend=backend,
         )
 
     def test_refuses_what_flashinfer_refuses(self):
@@ -121,7 +121,7 @@ class TestMXFP8Matmul(CustomTestCase):
             "8x4 flag on 128x4 bytes": {"use_8x4_sf_layout": True},
             "fp32 output": {"out_dtype": torch.float32},
             "K differs": {"a": good["a"][:, :256].contiguous()},
-            "8x4 and N % 128 != 0": self.problem(use_8x4=True),
+            "8x4 and N % 128 != 0": self.problem(use_8x4=True, backend="trtllm"),
         }
         for name, change in changes.items():
             arguments = {**good, "out_dtype": torch.bfloat16, **change}
@@ -129,6 +129,20 @@ class TestMXFP8Matmul(CustomTestCase):
                 refused = self.assertRaises(ValueError) if change else nullcontext()
                 with self.subTest(name, function=function), refused:
                     function(**arguments)
+
+    def test_refuses_what_the_kernels_cannot_run(self):
+        fp16 = {"out_dtype": torch.float16}
+        for message, problem, change in (
+            ("K % 256 == 0, got k=384", dict(k=384, backend="trtllm"), {}),
+            ("trtllm writes bf16 only", dict(backend="trtllm"), fp16),
+            ("N % 32 == 0", dict(n=136), {}),
+            ("128x4 scale layout only", dict(n=128, use_8x4=True), {}),
+        ):
+            with self.subTest(message), self.assertRaisesRegex(ValueError, message):
+                emulation.mm_mxfp8(**{**self.problem(**problem), **change})
+        good = self.problem()
+        with self.assertRaisesRegex(ValueError, "column-major"):
+            emulation.mm_mxfp8(**{**good, "b": good["b"].contiguous()})
 
 
 if __name__ == "__main__":

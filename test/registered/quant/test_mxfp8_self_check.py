@@ -45,11 +45,17 @@ def with_output(change):
     return faulty
 
 
-def scales_of_the_neighbour_group(a, b, a_scale, b_scale, **options):
-    tile = 8 if options["use_8x4_sf_layout"] else 128
-    plain = layout.unswizzle_scale(a_scale, a.shape[0], K // 32, tile)
-    a_scale = layout.swizzle_scale(plain.roll(1, 1), tile)
-    return multiply(a, b, a_scale, b_scale, **options)
+def with_scales(change, which):
+    """A fault in how it reads the scale, [rows, groups], of the input (0) or weight (1)."""
+
+    def faulty(a, b, *scales, **options):
+        scales, rows = list(scales), (a.shape[0], b.shape[1])[which]
+        tile = 8 if options["use_8x4_sf_layout"] and which == 0 else 128
+        plain = layout.unswizzle_scale(scales[which], rows, K // 32, tile)
+        scales[which] = layout.swizzle_scale(change(plain).contiguous(), tile)
+        return multiply(a, b, *scales, **options)
+
+    return faulty
 
 
 def rows_not_shuffled(a, b, *scales, **options):
@@ -82,6 +88,15 @@ def with_fp16_sums(a, *args, **options):
     return total.bfloat16()
 
 
+def reads_padded_columns(a, b, a_scale, b_scale, **options):
+    """As a kernel that reads whole tiles of scales: zero times what padding holds."""
+    groups = a.shape[1] // 32
+    whole = layout.align(groups, layout.SCALE_GROUP_TILE)
+    padding = layout.unswizzle_scale(a_scale, a.shape[0], whole)[:, groups:]
+    as_numbers = padding.bfloat16().masked_fill(padding == 255, math.nan)
+    return multiply(a, b, a_scale, b_scale, **options) + 0.0 * as_numbers.sum()
+
+
 def raises(*args, **options):
     raise RuntimeError("no such kernel image")
 
@@ -96,11 +111,13 @@ def steps(count):
 
 FAULTS = {
     "rows not shuffled": rows_not_shuffled,
-    "scales of the neighbour group": scales_of_the_neighbour_group,
+    "scale rows shifted by one": with_scales(lambda scale: scale.roll(1, 0), 1),
+    "scales of the neighbour group": with_scales(lambda scale: scale.roll(1, 1), 0),
     "the K tail dropped": without_the_k_tail,
     "the last 8 rows unwritten": with_output(lambda out: out[-8:].fill_(math.nan)),
     "fp16 accumulation": with_fp16_sums,
     "tiles of N exchanged": with_output(lambda out: out.copy_(out.roll(128, 1))),
+    "the first tile only": with_output(lambda out: out[:, 128:].zero_()),
     "three steps off in one column": steps(3),
     "NaN in one element": with_output(lambda out: out[0, 5:6].fill_(math.nan)),
     "a kernel that raises": raises,
@@ -170,6 +187,19 @@ class TestSelfCheck(CustomTestCase):
                 weights = self.check(wrong_with_8x4, flag)
             self.assertEqual((weights.backend, weights.choice.max_m_8x4), (TRTLLM, 0))
             self.assertIn("8x4 scales is wrong", logs.output[0])
+
+    def test_padding_that_is_not_zero(self):
+        quantize = emulation.mxfp8_quantize
+
+        def with_padding(x, use_8x4_sf_layout=False):
+            values, scale = quantize(x, use_8x4_sf_layout)
+            ones = torch.ones(x.shape[0], x.shape[1] // 32, dtype=torch.uint8)
+            return values, scale.masked_fill(layout.swizzle_scale(ones) == 0, 255)
+
+        for quantizer, expected in (quantize, CUTLASS), (with_padding, WEIGHT_ONLY):
+            with mock.patch.object(emulation, "mxfp8_quantize", quantizer):
+                weights = self.check(reads_padded_columns, k=288, backends="cutlass")
+            self.assertEqual(weights.backend, expected)
 
     def test_what_another_rank_found_counts_here(self):
         run = mock.Mock(side_effect=self_check.run_kernel)

@@ -312,6 +312,9 @@ class TestInMemory(TinyModelTestCase):
             bad[DOWN][3, 4] = value
             with self.subTest(value), self.refused(model, DOWN):
                 model.load_weights(bad.items())
+            path = self.write(bad, quantization_config=None)
+            with self.assertRaisesRegex(ValueError, f"{DOWN} holds NaN or infinity"):
+                load_on_cpu(path, quantization="mxfp8")
 
     def test_what_does_not_fit(self):
         """More in TestWhole.test_tensors."""

@@ -75,8 +75,10 @@ def _read_safetensors(file: str) -> Iterator[Tuple[str, Header]]:
                     nothing = view[:0] if view.get_shape() else view[...]
                     dtypes[kind] = nothing.dtype
                 yield name, Header(dtypes[kind], view.get_shape())
-    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: of F4
+    except (SafetensorError, OSError) as error:
         raise UpdateRefused(f"{file} cannot be read: {error}") from error
+    except RuntimeError as error:  # of F4, which is packed
+        raise UpdateRefused(f"{file}: {name} has the unknown dtype {kind}") from error
 
 
 def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
@@ -88,15 +90,14 @@ def _read_pickle(file: str) -> Iterable[Tuple[str, torch.Tensor]]:
     return [named for named in tensors.items() if isinstance(named[1], torch.Tensor)]
 
 
-def check_index(folder: str) -> None:
-    """Raises UpdateRefused for an index of a checkpoint that cannot be read, that has
-    nothing, or that lists a file which is not there.
+def read_index(folder: str) -> Dict[str, str]:
+    """The files that a checkpoint's index lists, and a tensor in each; empty without one.
 
-    Of one that is there, the index may list more: what the model needs is checked.
+    Raises UpdateRefused for an index that cannot be read, or that has nothing.
     """
     index = os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)
     if not os.path.exists(index):
-        return
+        return {}
     try:
         with open(index) as file:
             weight_map = json.load(file)["weight_map"]
@@ -105,14 +106,22 @@ def check_index(folder: str) -> None:
         }
         if not tensors or os.path.join(folder, "") in tensors:
             raise ValueError("it lists no files")
+        return tensors
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UpdateRefused(
             f"{index} is no index of a checkpoint: {error!r}. Fetch it again, or remove it "
             "if the folder is complete without it"
         ) from error
-    for part, name in tensors.items():
+
+
+def check_index(folder: str) -> None:
+    """Raises UpdateRefused where a checkpoint's index lists a file which is not there.
+
+    Of one that is there, the index may list more: what the model needs is checked.
+    """
+    for part, name in read_index(folder).items():
         if not os.path.exists(part):
             raise UpdateRefused(
-                f"{index} has {name} in {os.path.basename(part)}, which is not there: "
+                f"{os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)} has {name} in {os.path.basename(part)}, which is not there: "
                 "fetch the checkpoint again"
             )

@@ -283,6 +283,8 @@ def load_kv_scales(model: torch.nn.Module, weights: Weights) -> Weights:
     for name, tensor, places in _with_kv_places(model, weights):
         if places is None:
             yield name, tensor
+        elif not places and not tensor.is_meta:
+            logger.warning(f"{name} has no place in the model, and is left out")
         for path, cache, kind in places or ():
             _refuse_kv_scale(cache, kind, name, tensor)
             getattr(cache, kind).data.copy_(tensor.reshape(()))

@@ -25,6 +25,7 @@ from sglang.srt.layers.quantization.mxfp8.headers import (
     WEIGHT,
     check_index,
     read_headers,
+    read_index,
     with_mxfp8_names,
 )
 from sglang.srt.layers.quantization.mxfp8.meta import (
@@ -153,7 +154,7 @@ class UpdateCheck:
 
         path, draft = source.model_or_path, loader.load_config.draft_model_idx
         if os.path.isdir(path):
-            check_index(path)
+            read_index(path)
         elif model is not None and path.count("/") != 1:  # a hub's are "owner/name"
             raise UpdateRefused("there is no such folder")
         try:

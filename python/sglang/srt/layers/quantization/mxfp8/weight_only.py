@@ -9,8 +9,8 @@ What a weight is, of a code's value v and its scale byte s:
   what bf16 cannot hold is infinite; below, it is rounded to bf16's subnormals.
 - fp16 input: the same rounded to fp16, exact for s = 112 to 134. Below 95 it may be 0;
   from 135 on, which is beyond fp16, it is infinite or NaN.
-- 16-bit input of up to 2 rows on a GPU, or up to 4 with a small weight: not rounded, for
-  the scale goes onto the fp32 sum of its group.
+- 16-bit input of one row on a GPU, of 2 with N up to 16384, or of up to 4 with a small
+  weight: not rounded, for the scale goes onto the fp32 sum of its group.
 - s = 255 and the NaN codes are NaN, for every input.
 """
 

@@ -177,7 +177,7 @@ class TestMxfp8CheckedKernels(CustomTestCase):
         ):
             with self.subTest(name, backend=backend):
                 linear, _ = self.build(f"flashinfer_{backend}", **{backend: fault})
-                told = rf"{backend} \[256, 512\], M = .*\(on .*flashinfer .*another"
+                told = rf"{backend} \[256, 512\], M = .*\(on .*flashinfer .*auto"
                 with self.assertRaisesRegex(RuntimeError, told):
                     self.start(linear)
 

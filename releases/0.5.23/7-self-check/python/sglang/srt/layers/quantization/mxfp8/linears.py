@@ -130,9 +130,11 @@ def choice_after(linear: Linear, dtype: torch.dtype, reason: str) -> Choice:
     """
     failed, order = linear.backend, mxfp8_dense_gemm_fallbacks()
     if failed.value == get_fp8_gemm_runner_backend().value or failed == order[-1]:
+        way_out = "the model in bf16"
+        if failed != order[-1]:
+            way_out = f"with --fp8-gemm-backend auto, or {way_out}"
         raise RuntimeError(
-            f"{reason}. Serve {WITH_ANOTHER_BACKEND}, or the model in bf16; "
-            "SGLANG_MXFP8_SELF_CHECK=0 leaves the check out"
+            f"{reason}. Serve {way_out}; SGLANG_MXFP8_SELF_CHECK=0 leaves the check out"
         )
     if failed in order:
         order = order[order.index(failed) + 1 :]
