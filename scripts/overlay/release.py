@@ -108,7 +108,9 @@ def repack(tree: Tree, changed: dict[str, bytes], config: dict, folder: Path) ->
         info = top / f"sglang-{tree.version}.dist-info"
         info = info.rename(top / f"sglang-{version}.dist-info")
         text = pinned((info / "METADATA").read_text(), config["requires"], "METADATA")
-        text = text.replace(f"\nVersion: {tree.version}\n", f"\nVersion: {version}\n")
+        text, count = re.subn(r"(?m)^Version: \S+$", f"Version: {version}", text)
+        if count != 1:
+            raise ReleaseError(f"METADATA has {count} lines `Version: `")
         (info / "METADATA").write_text(text)
         pack = [sys.executable, "-m", "wheel", "pack", str(top), "-d", str(folder)]
         fixed_date = os.environ | {"SOURCE_DATE_EPOCH": "315532800"}

@@ -122,6 +122,6 @@ def check_index(folder: str) -> None:
     for part, name in read_index(folder).items():
         if not os.path.exists(part):
             raise UpdateRefused(
-                f"{os.path.join(folder, SAFE_WEIGHTS_INDEX_NAME)} has {name} in {os.path.basename(part)}, which is not there: "
-                "fetch the checkpoint again"
+                f"{folder}/{SAFE_WEIGHTS_INDEX_NAME} has {name} in "
+                f"{os.path.basename(part)}, which is not there: fetch the checkpoint again"
             )
